@@ -1,0 +1,102 @@
+"""The values a policy consists of. Names follow security/ipe/policy.h."""
+
+import enum
+from collections.abc import Mapping
+from typing import Self
+
+from attrs import field, frozen
+
+from ipe_emu.integrity.facts import Digest
+
+
+class Operation(enum.Enum):
+    """What a rule is about (kernel: ``enum ipe_op_type``); the value is its name in a policy."""
+
+    EXECUTE = "EXECUTE"
+    FIRMWARE = "FIRMWARE"
+    KMODULE = "KMODULE"
+    KEXEC_IMAGE = "KEXEC_IMAGE"
+    KEXEC_INITRAMFS = "KEXEC_INITRAMFS"
+    POLICY = "POLICY"
+    X509_CERT = "X509_CERT"
+
+
+class Action(enum.Enum):
+    """What a rule decides (kernel: ``enum ipe_action_type``)."""
+
+    ALLOW = "ALLOW"
+    DENY = "DENY"
+
+
+class PropertyType(enum.Enum):
+    """The eight property forms (kernel: ``enum ipe_prop_type``); the value is the text up to a digest."""
+
+    BOOT_VERIFIED_FALSE = "boot_verified=FALSE"
+    BOOT_VERIFIED_TRUE = "boot_verified=TRUE"
+    DMV_ROOTHASH = "dmverity_roothash="
+    DMV_SIG_FALSE = "dmverity_signature=FALSE"
+    DMV_SIG_TRUE = "dmverity_signature=TRUE"
+    FSV_DIGEST = "fsverity_digest="
+    FSV_SIG_FALSE = "fsverity_signature=FALSE"
+    FSV_SIG_TRUE = "fsverity_signature=TRUE"
+
+
+@frozen
+class Position:
+    """Where something stands in a policy's text; both count from 1, columns in bytes."""
+
+    line: int
+    column: int
+
+
+@frozen(order=True)
+class Version:
+    """A policy's version; each part is a u16 (kernel: ``struct ipe_policy_parsed.version``)."""
+
+    major: int
+    minor: int
+    rev: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.rev}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read back what ``str`` gives; for our own output, not for policies."""
+        major, minor, rev = (int(part) for part in text.split("."))
+        return cls(major, minor, rev)
+
+
+@frozen
+class Property:
+    """One property of a rule; ``digest`` is set for DMV_ROOTHASH and FSV_DIGEST only."""
+
+    type: PropertyType
+    digest: Digest | None = None
+    position: Position | None = field(default=None, eq=False)
+
+
+@frozen
+class Rule:
+    """One rule: all its properties must hold, then ``action`` is the answer."""
+
+    operation: Operation
+    properties: tuple[Property, ...]
+    action: Action
+    position: Position | None = field(default=None, eq=False)
+
+
+@frozen
+class Policy:
+    """A parsed policy (kernel: ``struct ipe_parsed_policy``).
+
+    ``rules`` keeps the order of the text. ``defaults`` holds the per-operation defaults that the text gives;
+    ``default`` is the global one. The parser guarantees that every operation has an answer.
+    ``name`` is latin-1 decoded: the kernel sees bytes.
+    """
+
+    name: str
+    version: Version
+    rules: tuple[Rule, ...]
+    defaults: Mapping[Operation, Action]
+    default: Action | None
