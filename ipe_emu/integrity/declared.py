@@ -1,0 +1,267 @@
+"""Declared facts: what ``--integrity FILE.toml`` and ``--boot-verified PATH`` say of files.
+
+A fact attaches to what its path names when it is loaded, never to the string: to a directory tree on a device, or to
+one inode. In a sandbox it attaches to a mount as well (``Declared.attach``), so that something mounted or renamed over
+the path does not inherit it.
+"""
+
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from attrs import define, evolve, field, frozen
+
+from ipe_emu.errors import KernelError, UserError
+from ipe_emu.integrity import fsverity
+from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
+
+#: A file of facts larger than this is not one.
+MAX_FILE_SIZE = 1 << 20
+_DIGEST = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}:(?:[0-9a-fA-F]{2}){1,64}", re.ASCII)
+
+#: Opens a file for reading and gives the descriptor, which the caller closes; OSError where that fails.
+OpenFile = Callable[[], int]
+
+
+class FactsSource(Protocol):
+    """Whatever knows facts of files."""
+
+    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:
+        """Return what holds for one file.
+
+        ``path`` is absolute and free of symbolic links, in the mount namespace that ``mount_id`` (statx(2)
+        STATX_MNT_ID, or None where no sandbox is) belongs to, whatever the root directory of the asking process.
+        ``open_file`` is called only if the content must be read again.
+        """
+
+
+class NothingDeclared:
+    """No facts at all: every property is false for every file."""
+
+    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
+        """Return no facts."""
+        return NO_FACTS
+
+
+@frozen
+class MountAttachment:
+    """Where an entry's path lies in a sandbox: the mount's id, and whether that mount shows nothing but the entry."""
+
+    mount_id: int
+    own_mount: bool = False
+
+
+@frozen
+class Entry:
+    """One ``[[file]]``: a file, or a directory with everything below it."""
+
+    path: bytes
+    facts: Facts
+    is_directory: bool
+    dev: int
+    ino: int
+    attachment: MountAttachment | None = None
+
+
+@define
+class _Content:
+    """The state of a sealed file when its digest was last computed; a change makes the emulator compute it again."""
+
+    signature: tuple[int, int, int]
+    intact: bool
+
+
+def _signature(st: os.stat_result) -> tuple[int, int, int]:
+    return st.st_size, st.st_mtime_ns, st.st_ctime_ns
+
+
+@frozen(eq=False)
+class Declared:
+    """All declared facts. The entry with the longest path decides alone; whatever it does not say is false."""
+
+    entries: tuple[Entry, ...]
+    _contents: dict[tuple[int, int], _Content] = field(factory=dict, repr=False)
+
+    def attach(self, attachments: Mapping[bytes, MountAttachment]) -> "Declared":
+        """Return these facts tied to the mounts of a sandbox, by entry path; each entry must have its attachment."""
+        return evolve(self, entries=tuple(evolve(e, attachment=attachments[e.path]) for e in self.entries))
+
+    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:
+        """Return what was declared for one file; see ``FactsSource``."""
+        entry = self._entry_of(path, st, mount_id)
+        if entry is None:
+            return NO_FACTS
+        if entry.facts.fsverity_digest is not None and not self._still_intact(entry, st, open_file):
+            return evolve(entry.facts, fsverity_digest=None, fsverity_signature=False)
+        return entry.facts
+
+    def _entry_of(self, path: bytes, st: os.stat_result, mount_id: int | None) -> Entry | None:
+        for entry in self.entries:  # longest path first
+            attached = entry.attachment
+            if attached is not None and attached.own_mount and mount_id == attached.mount_id:
+                return entry
+            below = path.startswith(entry.path.rstrip(b"/") + b"/") if entry.is_directory else False
+            if path != entry.path and not below:
+                continue
+            same_mount = attached is None or mount_id == attached.mount_id
+            same_file = entry.is_directory or st.st_ino == entry.ino
+            # Something else now bears the name: it has no facts, not those of a shorter path either.
+            return entry if same_mount and same_file and st.st_dev == entry.dev else None
+        return None
+
+    def _still_intact(self, entry: Entry, st: os.stat_result, open_file: OpenFile) -> bool:
+        known = self._contents.get((st.st_dev, st.st_ino))
+        if known is None:
+            return False
+        if known.signature != _signature(st):
+            known.intact = known.intact and _measures_as(entry.facts.fsverity_digest, open_file)
+            known.signature = _signature(st)
+        return known.intact
+
+
+def _measures_as(expected: Digest | None, open_file: OpenFile) -> bool:
+    if expected is None:
+        return False
+    try:
+        fd = open_file()
+    except OSError:
+        return False
+    try:
+        return fsverity.measure(fd, expected.algorithm) == expected
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def load(files: Iterable[Path] = (), boot_verified: Iterable[Path] = ()) -> Declared:
+    """Read the facts that ``--integrity`` files and ``--boot-verified`` paths declare, and check them.
+
+    UserError for a file that is no such table, for a path that does not exist or is declared twice, and for an
+    fs-verity digest that the file's content does not have.
+    """
+    entries: dict[bytes, Entry] = {}
+    contents: dict[tuple[int, int], _Content] = {}
+    for file in files:
+        for number, table in enumerate(_tables(file), 1):
+            entry = _entry(table, f"{file}: [[file]] number {number}")
+            _add(entries, entry, str(file))
+            if entry.facts.fsverity_digest is not None:
+                contents[entry.dev, entry.ino] = _Content(_sealed_content(entry, str(file)), intact=True)
+    for path in boot_verified:
+        _add(entries, _attach_to_path(os.fsencode(path), Facts(boot_verified=True), "--boot-verified"), "command line")
+    longest_first = sorted(entries.values(), key=lambda entry: len(entry.path), reverse=True)
+    return Declared(tuple(longest_first), contents)
+
+
+def _add(entries: dict[bytes, Entry], entry: Entry, where: str) -> None:
+    if entry.path in entries:
+        raise UserError(f"{where}: {_shown(entry.path)} is declared twice; say all of it in one entry")
+    entries[entry.path] = entry
+
+
+def _tables(file: Path) -> list[dict[str, Any]]:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE_SIZE + 1)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_FILE_SIZE:
+        raise UserError(f"{file}: larger than {MAX_FILE_SIZE} bytes")
+    try:
+        document = tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not TOML: {error or 'nested too deeply'}") from None
+    _only(document, {"file"}, str(file))
+    tables = document.get("file", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{file}: facts stand in tables named [[file]], with two brackets")
+    return tables
+
+
+def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+
+
+def _entry(table: Mapping[str, Any], where: str) -> Entry:
+    _only(table, {"path", "boot_verified", "dmverity", "fsverity"}, where)
+    path = table.get("path")
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        raise UserError(f"{where}: path must be an absolute path, not {path!r}")
+    facts = Facts(boot_verified=_boolean(table, "boot_verified", where))
+    if "dmverity" in table:
+        digest, signed = _measurement(table["dmverity"], "roothash", f"{where}: dmverity")
+        facts = evolve(facts, dmverity_roothash=digest, dmverity_signature=signed)
+    if "fsverity" in table:
+        digest, signed = _measurement(table["fsverity"], "digest", f"{where}: fsverity")
+        facts = evolve(facts, fsverity_digest=digest, fsverity_signature=signed)
+    return _attach_to_path(path.encode(), facts, where)
+
+
+def _boolean(table: Mapping[str, Any], key: str, where: str) -> bool:
+    value = table.get(key, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be true or false, not {value!r}")
+    return value
+
+
+def _measurement(table: object, key: str, where: str) -> tuple[Digest, bool]:
+    if not isinstance(table, dict):
+        raise UserError(f'{where} must be a table such as {{ {key} = "sha256:…", signed = true }}')
+    _only(table, {key, "signed"}, where)
+    text = table.get(key)
+    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
+        raise UserError(f'{where}: {key} must be "ALGORITHM:HEX", not {text!r}')
+    algorithm, _, value = text.partition(":")
+    return Digest(algorithm, bytes.fromhex(value)), _boolean(table, "signed", where)
+
+
+def _attach_to_path(path: bytes, facts: Facts, where: str) -> Entry:
+    try:
+        real = os.path.realpath(path, strict=True)
+        st = os.stat(real)  # noqa: PTH116 - bytes paths: names need not be UTF-8
+    except OSError as error:
+        raise UserError(f"{where}: {_shown(path)}: {error.strerror}") from None
+    is_directory = stat.S_ISDIR(st.st_mode)
+    if not is_directory and not stat.S_ISREG(st.st_mode):
+        raise UserError(f"{where}: {_shown(path)} is neither a regular file nor a directory")
+    if is_directory and facts.fsverity_digest is not None:
+        raise UserError(f"{where}: {_shown(path)} is a directory; fs-verity seals single files")
+    if not is_directory and facts.dmverity_roothash is not None:
+        raise UserError(f"{where}: {_shown(path)} is a file; dm-verity belongs to the directory a volume is mounted at")
+    return Entry(real, facts, is_directory, st.st_dev, st.st_ino)
+
+
+def _sealed_content(entry: Entry, where: str) -> tuple[int, int, int]:
+    """Check a declared fs-verity digest against the content, and return the state the file was measured in."""
+    expected = entry.facts.fsverity_digest
+    assert expected is not None  # noqa: S101 - the caller asked
+    try:
+        fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(f"{where}: {_shown(entry.path)}: cannot be read: {error.strerror}") from None
+    try:
+        before = os.fstat(fd)
+        found = fsverity.measure(fd, expected.algorithm)
+    except KernelError as error:
+        raise UserError(f"{where}: {_shown(entry.path)}: {error.reason}") from None
+    finally:
+        os.close(fd)
+    if found != expected:
+        raise UserError(
+            f"{where}: {_shown(entry.path)}: its fs-verity digest is {found}, declared is {expected} "
+            f"(blocks of {fsverity.DEFAULT_BLOCK_SIZE} bytes, no salt)"
+        )
+    return _signature(before)
+
+
+def _shown(path: bytes) -> str:
+    return repr(os.fsdecode(path))[1:-1]
