@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 from attrs import field, frozen
@@ -86,6 +87,14 @@ class Rule:
     position: Position | None = field(default=None, eq=False)
 
 
+def _frozen_defaults(given: Mapping[Operation, Action]) -> Mapping[Operation, Action]:
+    return MappingProxyType(dict(given))
+
+
+def _frozen_positions(given: Mapping[Operation | None, Position]) -> Mapping[Operation | None, Position]:
+    return MappingProxyType(dict(given))
+
+
 @frozen
 class Policy:
     """A parsed policy (kernel: ``struct ipe_parsed_policy``).
@@ -93,10 +102,26 @@ class Policy:
     ``rules`` keeps the order of the text. ``defaults`` holds the per-operation defaults that the text gives;
     ``default`` is the global one. The parser guarantees that every operation has an answer.
     ``name`` is latin-1 decoded: the kernel sees bytes.
+    ``position`` is where the header stands, ``default_positions`` where the defaults do (the global one under None);
+    neither takes part in comparisons.
     """
 
     name: str
     version: Version
     rules: tuple[Rule, ...]
-    defaults: Mapping[Operation, Action]
+    defaults: Mapping[Operation, Action] = field(converter=_frozen_defaults, hash=False)
     default: Action | None
+    position: Position | None = field(default=None, eq=False)
+    default_positions: Mapping[Operation | None, Position] = field(
+        factory=dict, converter=_frozen_positions, eq=False, repr=False
+    )
+
+    def effective_default(self, operation: Operation) -> Action:
+        """Return what an operation without a matching rule gets.
+
+        Raises ValueError if the policy gives no answer; one that was parsed always does (kernel: ``validate_policy``).
+        """
+        action = self.defaults.get(operation, self.default)
+        if action is None:
+            raise ValueError(f"the policy {self.name} has neither a default for {operation.value} nor a global one")
+        return action
