@@ -1,0 +1,141 @@
+"""Declared facts: what attaches to what, and what is refused."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ipe_emu.errors import UserError
+from ipe_emu.integrity.declared import Declared, MountAttachment, load
+from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
+from ipe_emu.integrity.fsverity import measure
+
+ROOTHASH = "ab" * 32
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("initramfs/bin/sh", "initramfs/data/file", "opt/app", "opt/tool"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path
+
+
+def declare(tree: Path, *tables: str) -> Declared:
+    file = tree / "facts.toml"
+    file.write_text("\n".join("[[file]]\n" + table.replace("TREE", str(tree)) for table in tables))
+    return load([file])
+
+
+def digest_of(path: Path) -> Digest:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return measure(fd, "sha256")
+    finally:
+        os.close(fd)
+
+
+def facts(declared: Declared, path: Path, mount_id: int | None = None) -> Facts:
+    return declared.facts_of(os.fsencode(path), path.stat(), mount_id, opener(path))
+
+
+def opener(path: Path) -> Callable[[], int]:
+    return lambda: os.open(path, os.O_RDONLY)
+
+
+def test_a_directory_speaks_for_what_is_below_it(tree: Path) -> None:
+    declared = declare(tree, 'path = "TREE/initramfs"\nboot_verified = true')
+    assert facts(declared, tree / "initramfs/bin/sh") == Facts(boot_verified=True)
+    assert facts(declared, tree / "opt/app") == NO_FACTS
+    neighbour = tree / "initramfs2"
+    neighbour.write_bytes(b"")
+    assert facts(declared, neighbour) == NO_FACTS
+
+
+def test_the_longest_path_decides_alone(tree: Path) -> None:
+    declared = declare(
+        tree,
+        'path = "TREE/initramfs"\nboot_verified = true',
+        f'path = "TREE/initramfs/data"\ndmverity = {{ roothash = "sha256:{ROOTHASH}", signed = true }}',
+    )
+    expected = Facts(dmverity_roothash=Digest("sha256", bytes.fromhex(ROOTHASH)), dmverity_signature=True)
+    assert facts(declared, tree / "initramfs/data/file") == expected
+
+
+def test_a_symbolic_link_declares_what_it_names(tree: Path) -> None:
+    (tree / "link").symlink_to("initramfs")
+    declared = declare(tree, 'path = "TREE/link"\nboot_verified = true')
+    assert facts(declared, tree / "initramfs/bin/sh").boot_verified
+
+
+def test_another_file_of_the_same_name_has_no_facts(tree: Path) -> None:
+    declared = declare(tree, 'path = "TREE/opt/app"\nboot_verified = true')
+    other = tree / "other"
+    other.write_bytes(b"evil")
+    other.rename(tree / "opt/app")
+    assert facts(declared, tree / "opt/app") == NO_FACTS
+
+
+def test_in_a_sandbox_the_mount_decides(tree: Path) -> None:
+    declared = declare(tree, 'path = "TREE/initramfs"\nboot_verified = true', 'path = "TREE/opt"\nboot_verified = true')
+    sandboxed = declared.attach(
+        {
+            os.fsencode(tree / "initramfs"): MountAttachment(7, own_mount=True),
+            os.fsencode(tree / "opt"): MountAttachment(8),
+        }
+    )
+    assert facts(sandboxed, tree / "initramfs/bin/sh", 7).boot_verified
+    assert facts(sandboxed, tree / "initramfs/bin/sh", 8) == NO_FACTS, "something was mounted over the path"
+    assert facts(sandboxed, tree / "opt/app", 8).boot_verified
+    assert facts(sandboxed, tree / "opt/app", 9) == NO_FACTS
+
+
+def test_a_digest_holds_until_the_content_changes(tree: Path) -> None:
+    tool = tree / "opt/tool"
+    digest = digest_of(tool)
+    declared = declare(tree, f'path = "TREE/opt/tool"\nfsverity = {{ digest = "{digest}", signed = true }}')
+    assert facts(declared, tool) == Facts(fsverity_digest=digest, fsverity_signature=True)
+    tool.chmod(0o755)
+    assert facts(declared, tool).fsverity_digest == digest, "other attributes are not content"
+    content = tool.read_bytes()
+    tool.write_bytes(b"changed")
+    assert facts(declared, tool) == NO_FACTS
+    tool.write_bytes(content)
+    assert facts(declared, tool) == NO_FACTS, "a seal that was broken stays broken"
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ('path = "TREE/missing"\nboot_verified = true', "No such file"),
+        ('path = "initramfs"\nboot_verified = true', "absolute"),
+        ("boot_verified = true", "absolute"),
+        ('path = "TREE/opt"\nboot_verified = 1', "true or false"),
+        ('path = "TREE/opt"\nbootverified = true', "unknown key 'bootverified'"),
+        ('path = "TREE/opt"\ndmverity = true', "must be a table"),
+        ('path = "TREE/opt"\ndmverity = { roothash = "sha256:xyz" }', "ALGORITHM:HEX"),
+        ('path = "TREE/opt"\ndmverity = { digest = "sha256:ab" }', "unknown key 'digest'"),
+        ('path = "TREE/opt"\nfsverity = { digest = "sha256:ab" }', "single files"),
+        ('path = "TREE/opt/app"\ndmverity = { roothash = "sha256:ab" }', "directory a volume is mounted at"),
+        (f'path = "TREE/opt/app"\nfsverity = {{ digest = "sha256:{ROOTHASH}" }}', "its fs-verity digest is sha256:"),
+        (f'path = "TREE/opt/app"\nfsverity = {{ digest = "sha1:{ROOTHASH}" }}', "no hash algorithm"),
+        ('path = "/dev/null"\nboot_verified = true', "neither a regular file"),
+        ('path = "TREE/opt"\nboot_verified = true\n[[file]]\npath = "TREE/opt/../opt"', "declared twice"),
+        ('path = "TREE/opt"\n[file]', "not TOML"),
+    ],
+)
+def test_what_is_refused(tree: Path, table: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        declare(tree, table)
+
+
+def test_files_that_are_no_table_of_facts(tree: Path) -> None:
+    for content, complaint in ((b"\xff", "UTF-8"), (b"[" * 100_000, "not TOML"), (b"# " + b"x" * (1 << 20), "larger")):
+        file = tree / "facts.toml"
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=complaint):
+            load([file])
+    with pytest.raises(UserError, match="cannot be read"):
+        load([tree / "none.toml"])
