@@ -44,7 +44,7 @@ _NO_HEX_DIGIT = re.compile(rb"[^0-9A-Fa-f]")
 
 @frozen
 class Fault:
-    """A reason and, where there is one, a suggestion; ``offset`` counts the bytes from the token's start to the fault."""
+    """A reason and perhaps a suggestion; ``offset`` counts the bytes from the token's start to the fault."""
 
     reason: str
     suggestion: str = ""
@@ -62,7 +62,9 @@ def no_header(text: bytes) -> Fault:
     if not text:
         return Fault("the policy is empty", _HEADER_SUGGESTION)
     if b"\0" in text:
-        return Fault("there is no policy before the first NUL byte; the kernel reads no further", "save it as plain text")
+        return Fault(
+            "there is no policy before the first NUL byte; the kernel reads no further", "save it as plain text"
+        )
     return Fault("the policy has nothing but comments and white space", _HEADER_SUGGESTION)
 
 
@@ -90,12 +92,16 @@ def version(token: bytes) -> Fault:
 
 def header_surplus(token: bytes) -> Fault:
     """More than two tokens in the header."""
-    return Fault(f"{quoted(token)} follows the version", "the header has a name and a version; rules go on lines of their own")
+    return Fault(
+        f"{quoted(token)} follows the version", "the header has a name and a version; rules go on lines of their own"
+    )
 
 
 def version_parts(count: int) -> Fault:
     """Not three parts."""
-    return Fault(f"the version has {_count(count, 'part')} instead of three", "write MAJOR.MINOR.REV, for example 1.0.0")
+    return Fault(
+        f"the version has {_count(count, 'part')} instead of three", "write MAJOR.MINOR.REV, for example 1.0.0"
+    )
 
 
 def version_part(part: bytes) -> Fault:
@@ -127,7 +133,9 @@ def operation(token: bytes) -> Fault:
     if token.startswith(b"action="):
         return Fault("the rule names no operation", "write op=… first and action=… last")
     if key in _KEYS[1:]:
-        return Fault(f"{quoted(token)} stands before the operation", "write op=… first, then the properties, action=… last")
+        return Fault(
+            f"{quoted(token)} stands before the operation", "write op=… first, then the properties, action=… last"
+        )
     return Fault(
         f"a rule cannot start with {quoted(token)}",
         _did_you_mean(token, ("DEFAULT", *OPERATION_FORMS)) or "a rule starts with op=… or DEFAULT",
@@ -148,7 +156,9 @@ def action(token: bytes, *, commented: bool) -> Fault:
     if commented:
         return Fault("the line has no action at its end", "everything from `#` on is a comment")
     meant = _did_you_mean(token, ACTION_FORMS)
-    return Fault(f"the line ends with {quoted(token)}, not with an action", meant or "end it with action=ALLOW or action=DENY")
+    return Fault(
+        f"the line ends with {quoted(token)}, not with an action", meant or "end it with action=ALLOW or action=DENY"
+    )
 
 
 def property_(token: bytes) -> Fault:
@@ -181,14 +191,14 @@ def digest(token: bytes) -> Fault:
     key, _, value = token.partition(b"=")
     algorithm, colon, digits = value.partition(b":")
     if not colon:
-        return Fault(
-            f"the digest {quoted(value)} names no algorithm", f"write {key.decode()}=sha256:…", len(key) + 1
-        )
+        return Fault(f"the digest {quoted(value)} names no algorithm", f"write {key.decode()}=sha256:…", len(key) + 1)
     before = len(key) + 1 + len(algorithm) + 1
     wrong = _NO_HEX_DIGIT.search(digits)
     if wrong is not None:
         return Fault(f"{quoted(wrong[0])} is no hexadecimal digit", "", before + wrong.start())
-    return Fault(f"the digest has an odd number of digits ({len(digits)})", "two digits make a byte", before + len(digits))
+    return Fault(
+        f"the digest has an odd number of digits ({len(digits)})", "two digits make a byte", before + len(digits)
+    )
 
 
 def default_with_properties() -> Fault:

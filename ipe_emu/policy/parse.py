@@ -7,8 +7,6 @@ token by token from the left, the action last, the completeness of the defaults 
 import binascii
 import errno
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from ipe_emu.errors import KernelError
 from ipe_emu.integrity.facts import Digest
@@ -28,14 +26,10 @@ TRAILING_SPACE = b"\t\n\v\f\r \xa0"
 DEFAULT = b"DEFAULT"
 NAME_PREFIX = b"policy_name="
 VERSION_PREFIX = b"policy_version="
-OPERATIONS: Mapping[bytes, Operation] = MappingProxyType({f"op={op.value}".encode(): op for op in Operation})
-ACTIONS: Mapping[bytes, Action] = MappingProxyType({f"action={action.value}".encode(): action for action in Action})
-BOOLEAN_PROPERTIES: Mapping[bytes, PropertyType] = MappingProxyType(
-    {kind.value.encode(): kind for kind in PropertyType if not kind.value.endswith("=")}
-)
-DIGEST_PROPERTIES: Mapping[bytes, PropertyType] = MappingProxyType(
-    {kind.value.removesuffix("=").encode(): kind for kind in PropertyType if kind.value.endswith("=")}
-)
+OPERATIONS = {f"op={operation.value}".encode(): operation for operation in Operation}
+ACTIONS = {f"action={action.value}".encode(): action for action in Action}
+BOOLEAN_PROPERTIES = {kind.value.encode(): kind for kind in PropertyType if not kind.value.endswith("=")}
+DIGEST_PROPERTIES = {kind.value.removesuffix("=").encode(): kind for kind in PropertyType if kind.value.endswith("=")}
 _VERSION_PART = re.compile(rb"\+?([0-9]+)")
 _VERSION_PARTS = 3
 _U64_OVERFLOWS = 21  # a number with as many significant digits is over U64_MAX
@@ -44,8 +38,9 @@ _U64_OVERFLOWS = 21  # a number with as many significant digits is over U64_MAX
 def parse_policy(text: bytes, *, filename: str = "<policy>") -> Policy:
     """Return the policy that ``text`` describes (kernel: ``ipe_parse_policy``).
 
-    Lines end with ``\\n``, ``\\r`` or both; positions count lines as a text editor does and columns in bytes. Everything
-    from a NUL byte on is ignored, as the kernel's string functions do. The work is linear in the length of the text.
+    Lines end with a line feed, a carriage return or both; positions count them as a text editor does, and columns in
+    bytes. From a NUL byte on everything is ignored, as the kernel's string functions do. The work is linear in the
+    length of the text.
 
     Raises PolicyError with EBADMSG, EINVAL (a version or a digest that is no number) or ERANGE (a version part
     over 65535); ``filename`` is for its message.
@@ -62,7 +57,7 @@ def check_name(name: str) -> None:
 
     For new_policy, after parsing and before looking whether the name exists (EEXIST); ``update`` never gets here,
     because its policy has the name of one that is loaded. Raises KernelError with EACCES (``.``, ``..`` and names with
-    a slash: ``lookup_one_len``, now ``lookup_noperm``) or ENAMETOOLONG (over 255 bytes: ``simple_lookup``), in this order.
+    a slash: ``lookup_one_len``, now ``lookup_noperm``), then ENAMETOOLONG (over 255 bytes: ``simple_lookup``).
     """
     if name in {".", ".."} or "/" in name:
         raise KernelError(
@@ -70,7 +65,9 @@ def check_name(name: str) -> None:
         )
     if len(name) > NAME_MAX:
         raise KernelError(
-            errno.ENAMETOOLONG, f"the policy name has {len(name)} bytes; a file name has {NAME_MAX} at most", "simple_lookup"
+            errno.ENAMETOOLONG,
+            f"the policy name has {len(name)} bytes; a file name has {NAME_MAX} at most",
+            "simple_lookup",
         )
 
 
@@ -139,7 +136,7 @@ class _Parser:
             raise _error(errno.EBADMSG, Position(number, len(line) + 1), faults.version(b""), "parse_header")
 
     def _parse_rule(self, line: bytes, number: int, whole: bytes) -> None:
-        """Take a rule or a default: all tokens from the left, then the last one as the action (kernel: ``parse_rule``)."""
+        """Take a rule or a default: the tokens from the left, then the last one as the action (``parse_rule``)."""
         tokens = line.split(b" ")
         last = tokens.pop()
         operation: Operation | None = None
@@ -150,14 +147,16 @@ class _Parser:
         for token in tokens:
             if token:
                 if operation is not None:
-                    properties.append(self._parse_property(token, Position(number, column)))
-                elif token in OPERATIONS:
-                    operation = OPERATIONS[token]
+                    properties.append(self._parse_property(token, number, column))
                 elif token == DEFAULT and not start:
                     is_default = True
+                    start = column
                 else:
-                    raise _error(errno.EBADMSG, Position(number, column), faults.operation(token), "parse_operation")
-                start = start or column
+                    operation = OPERATIONS.get(token)
+                    if operation is None:
+                        fault = faults.operation(token)
+                        raise _error(errno.EBADMSG, Position(number, column), fault, "parse_operation")
+                    start = start or column
             column += len(token) + 1
         action = ACTIONS.get(last)
         if action is None:
@@ -167,34 +166,34 @@ class _Parser:
         if is_default:
             if properties:
                 fault = faults.default_with_properties()
-                raise _error(errno.EBADMSG, properties[0].position or position, fault, "parse_rule")
+                raise _error(errno.EBADMSG, Position(number, properties[0].column), fault, "parse_rule")
             self._add_default(operation, action, position)
         elif operation is None:
             raise _error(errno.EBADMSG, position, faults.operation(last), "parse_rule")
         else:
             self.rules.append(Rule(operation, tuple(properties), action, position))
 
-    def _parse_property(self, token: bytes, position: Position) -> Property:
+    def _parse_property(self, token: bytes, number: int, column: int) -> Property:
         """Take one property (kernel: ``parse_property``)."""
         kind = BOOLEAN_PROPERTIES.get(token)
         if kind is not None:
-            return Property(kind, None, position)
+            return Property(kind, None, column)
         key, _, value = token.partition(b"=")
         kind = DIGEST_PROPERTIES.get(key)
         if kind is None or not value:  # %s takes at least one byte here, too
-            raise _error(errno.EBADMSG, position, faults.property_(token), "parse_property")
+            raise _error(errno.EBADMSG, Position(number, column), faults.property_(token), "parse_property")
         algorithm, colon, digits = value.partition(b":")
         if not colon:
-            raise _error(errno.EBADMSG, position, faults.digest(token), "ipe_digest_parse")
+            raise _error(errno.EBADMSG, Position(number, column), faults.digest(token), "ipe_digest_parse")
         name = self.algorithms.get(algorithm)
         if name is None:
             name = self.algorithms.setdefault(algorithm, algorithm.decode("latin-1"))
         try:
             # Strict as hex2bin(): digits of either case and no blanks; none at all is a digest of length 0.
             # An odd number of them makes it read the terminating NUL as a digit, hence EINVAL as well.
-            return Property(kind, Digest(name, binascii.unhexlify(digits)), position)
+            return Property(kind, Digest(name, binascii.unhexlify(digits)), column)
         except ValueError:
-            raise _error(errno.EINVAL, position, faults.digest(token), "ipe_digest_parse") from None
+            raise _error(errno.EINVAL, Position(number, column), faults.digest(token), "ipe_digest_parse") from None
 
     def _add_default(self, operation: Operation | None, action: Action, position: Position) -> None:
         """Keep a default; there may be one of each kind (kernel: the end of ``parse_rule``)."""

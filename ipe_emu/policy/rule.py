@@ -42,7 +42,7 @@ class PropertyType(enum.Enum):
     FSV_SIG_TRUE = "fsverity_signature=TRUE"
 
 
-@frozen
+@frozen(weakref_slot=False)
 class Position:
     """Where something stands in a policy's text; both count from 1, columns in bytes."""
 
@@ -68,16 +68,20 @@ class Version:
         return cls(major, minor, rev)
 
 
-@frozen
+@frozen(weakref_slot=False)
 class Property:
-    """One property of a rule; ``digest`` is set for DMV_ROOTHASH and FSV_DIGEST only."""
+    """One property of a rule; ``digest`` is set for DMV_ROOTHASH and FSV_DIGEST only.
+
+    ``column`` is where it stands in the line of its rule; 0 if it was not read from a text. (A number, not a
+    ``Position``: a policy may have 38,000 of them, and each object more costs the garbage collector's time.)
+    """
 
     type: PropertyType
     digest: Digest | None = None
-    position: Position | None = field(default=None, eq=False)
+    column: int = field(default=0, eq=False)
 
 
-@frozen
+@frozen(weakref_slot=False)
 class Rule:
     """One rule: all its properties must hold, then ``action`` is the answer."""
 
@@ -85,6 +89,10 @@ class Rule:
     properties: tuple[Property, ...]
     action: Action
     position: Position | None = field(default=None, eq=False)
+
+    def position_of(self, prop: Property) -> Position | None:
+        """Return where one of the rule's properties stands; None if the rule was not read from a text."""
+        return Position(self.position.line, prop.column) if self.position and prop.column else self.position
 
 
 def _frozen_defaults(given: Mapping[Operation, Action]) -> Mapping[Operation, Action]:
@@ -95,7 +103,7 @@ def _frozen_positions(given: Mapping[Operation | None, Position]) -> Mapping[Ope
     return MappingProxyType(dict(given))
 
 
-@frozen
+@frozen(weakref_slot=False)
 class Policy:
     """A parsed policy (kernel: ``struct ipe_parsed_policy``).
 
