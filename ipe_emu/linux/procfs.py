@@ -1,0 +1,186 @@
+"""Reading /proc/PID of another process: its credentials, its namespaces, and the system call it waits in.
+
+Every function takes a process or a thread id as this process's own /proc numbers them. OSError says what could not be
+read: ENOENT or ESRCH where the task is gone, EACCES or EPERM where this process may not look.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.linux import syscalls
+
+#: Longer than any file of /proc that is read whole here; those of the kernel end well below.
+_CHUNK: Final = 1 << 16
+
+CAP_MAC_ADMIN: Final = 33
+
+
+@frozen
+class Credentials:
+    """The ids and the effective capabilities of a task, from /proc/PID/status (proc_pid_status(5))."""
+
+    tgid: int
+    uid: int
+    euid: int
+    fsuid: int
+    gid: int
+    egid: int
+    fsgid: int
+    groups: tuple[int, ...]
+    cap_effective: int
+
+    def has(self, capability: int) -> bool:
+        """Whether a capability is in the effective set (in the task's own user namespace)."""
+        return bool(self.cap_effective >> capability & 1)
+
+
+@frozen
+class SystemCall:
+    """The system call in which a task waits: its number and its six arguments, as registers."""
+
+    number: int
+    arguments: tuple[int, ...]
+
+    @property
+    def name(self) -> str | None:
+        """Its name on this machine, or None where the number is in no table here."""
+        return syscalls.NAMES.get(self.number)
+
+
+def read(pid: int | str, name: str) -> bytes:
+    """Return the content of /proc/PID/``name``."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, _CHUNK)
+        if len(data) < _CHUNK // 16:  # the kernel gives small files whole, and a second read would only say so
+            return data
+        pieces = [data]
+        while data := os.read(fd, _CHUNK):
+            pieces.append(data)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
+
+
+def credentials(pid: int) -> Credentials:
+    """Return the credentials of a task."""
+    fields = dict(line.split(b":", 1) for line in read(pid, "status").splitlines() if b":" in line)
+    uid, euid, _, fsuid = map(int, fields[b"Uid"].split())
+    gid, egid, _, fsgid = map(int, fields[b"Gid"].split())
+    return Credentials(
+        tgid=int(fields[b"Tgid"]),
+        uid=uid,
+        euid=euid,
+        fsuid=fsuid,
+        gid=gid,
+        egid=egid,
+        fsgid=fsgid,
+        groups=tuple(map(int, fields[b"Groups"].split())),
+        cap_effective=int(fields[b"CapEff"], 16),
+    )
+
+
+def comm(pid: int) -> bytes:
+    """Return the name of a task as audit records give it (``comm``, at most 15 bytes)."""
+    return read(pid, "comm").removesuffix(b"\n")
+
+
+def login_ids(pid: int) -> tuple[int, int]:
+    """Return the audit user id and the session id of a task; 4294967295 where it never logged in.
+
+    A kernel without audit has neither file; nobody logs in there.
+    """
+    try:
+        return int(read(pid, "loginuid")), int(read(pid, "sessionid"))
+    except FileNotFoundError:
+        return 0xFFFFFFFF, 0xFFFFFFFF
+
+
+def namespace(pid: int | str, kind: str) -> int:
+    """Return the inode number of a task's namespace, which identifies it (namespaces(7)); ``kind`` such as ``user``."""
+    link = os.readlink(f"/proc/{pid}/ns/{kind}")  # noqa: PTH115 - several times as fast, and on every open
+    return int(link[link.index("[") + 1 : -1])
+
+
+def current_syscall(tid: int) -> SystemCall | None:
+    """Return the system call in which a thread waits, or None while it runs (``task_current_syscall()``)."""
+    words = read(tid, "syscall").split()
+    if not words or words[0] in (b"running", b"-1"):
+        return None
+    return SystemCall(int(words[0]), tuple(int(word, 16) for word in words[1:7]))
+
+
+def descriptor_inode(tid: int, fd: int) -> int | None:
+    """Return the inode number behind a descriptor of a task, without asking its file system; None if it is closed."""
+    try:
+        info = read(tid, f"fdinfo/{fd}")
+    except FileNotFoundError:
+        return None
+    for line in info.splitlines():
+        if line.startswith(b"ino:"):
+            return int(line[4:])
+    return None
+
+
+def mount_id(pid: int | str, fd: int) -> int:
+    """Return the id of the mount that a descriptor was opened on (as statx(2) STATX_MNT_ID)."""
+    for line in read(pid, f"fdinfo/{fd}").splitlines():
+        if line.startswith(b"mnt_id:"):
+            return int(line[7:])
+    raise ValueError(f"/proc/{pid}/fdinfo/{fd} has no mnt_id")
+
+
+def read_memory(tid: int, address: int, length: int) -> bytes:
+    """Return ``length`` bytes of a task's memory; OSError EIO where they are not all mapped."""
+    fd = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while length:
+            # addresses of user memory fit into off_t on every machine with a table of system calls here
+            piece = os.pread(fd, min(length, 1 << 20), address)
+            if not piece:
+                raise OSError(5, "the memory ends early")
+            pieces.append(piece)
+            address += len(piece)
+            length -= len(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
+
+
+def threads(pid: int) -> list[int]:
+    """Return the thread ids of a process."""
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]  # noqa: PTH208 - a /proc path is no tree to walk
+
+
+def all_threads() -> Iterator[int]:
+    """Yield the id of every thread that this /proc shows; those that vanish meanwhile are left out."""
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit():
+            try:
+                yield from threads(int(name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+
+def superblock_name(pid: int | str, mount: int) -> str:
+    """Return what the kernel calls the superblock of a mount in audit records (``s_id``).
+
+    That is the block device's name, or the type of a file system that has no device. The mount is looked up in the
+    mount namespace of ``pid``; one that is not there (a detached one) has the name ``?``.
+    """
+    for line in read(pid, "mountinfo").splitlines():
+        fields, _, tail = line.partition(b" - ")
+        if int(fields.split(b" ", 1)[0]) == mount:
+            device = os.fsdecode(fields.split(b" ")[2])
+            if device.startswith("0:"):
+                return os.fsdecode(tail.split(b" ")[0].partition(b".")[0])
+            try:
+                return Path(f"/sys/dev/block/{device}").readlink().name
+            except OSError:
+                return os.fsdecode(tail.split(b" ")[1].rpartition(b"/")[2])
+    return "?"
