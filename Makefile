@@ -1,0 +1,28 @@
+# Every target does all its own set-up: a fresh clone, python3 (3.11 or newer), make and git are enough.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench soak clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-6s %s\n' "$$target" "$$text"; done
+
+setup: ## make .venv/ and install what it needs (idempotent; quick when there is nothing to do)
+	@scripts/setup
+
+demo: setup ## rehearse a boot: two policies, a verity volume, every decision with its audit record
+	@scripts/demo
+
+test: setup ## ruff, mypy and every test
+	@scripts/test
+
+lint: setup ## ruff and mypy alone
+	@scripts/lint
+
+bench: setup ## measure the targets, side by side in one run
+	@.venv/bin/python scripts/bench
+
+soak: setup ## the long loops: mounts, kills and writers for minutes
+	@.venv/bin/python scripts/soak
+
+clean: ## remove .venv/ and every cache
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis ipe_emu.egg-info
+	find ipe_emu fs tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
