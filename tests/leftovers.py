@@ -1,0 +1,43 @@
+"""What tests must not leave behind: processes, and mounts."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Every process that a test starts inherits this, daemons too: that is how they are found.
+_MARK = "IPE_EMU_TEST_SESSION"
+_GRACE = 10.0
+
+
+def mark_environment() -> None:
+    """Make every process started from now on recognisable."""
+    os.environ[_MARK] = f"{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def leftovers(below: Path) -> list[str]:
+    """What is left behind, after giving what is just ending the time to end; mounts are looked for ``below``."""
+    deadline = time.monotonic() + _GRACE
+    while (found := [*_processes(), *_mounts(below)]) and time.monotonic() < deadline:
+        time.sleep(0.02)  # nothing announces that a process of somebody else's is gone
+    return found
+
+
+def _processes() -> Iterator[str]:
+    mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                yield f"process {entry.name}: {(entry / 'cmdline').read_bytes()!r}"
+        except OSError:  # gone meanwhile, or not ours to look at
+            continue
+
+
+def _mounts(below: Path) -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        point = line.split()[4]
+        if point.startswith(f"{below}/"):
+            yield f"mount: {line}"
