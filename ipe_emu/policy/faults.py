@@ -12,6 +12,7 @@ from attrs import frozen
 
 from ipe_emu.policy.rule import Operation, Position, PropertyType
 
+MAX_TEXT = (4 << 20) - 1  # kmalloc() gives 4 MiB at most, and a NUL byte follows the text
 QUOTED_BYTES = 60
 ACTION_FORMS = ("action=ALLOW", "action=DENY")
 OPERATION_FORMS = tuple(f"op={operation.value}" for operation in Operation)
@@ -22,6 +23,7 @@ OTHER_NAMES = {
     "KERNEL_MODULE": "KMODULE",
     "EXEC": "EXECUTE",
     "BPRM_CHECK": "EXECUTE",
+    "KEXEC": "KEXEC_IMAGE",
     "KEXEC_KERNEL": "KEXEC_IMAGE",
     "KEXEC_KERNEL_CHECK": "KEXEC_IMAGE",
     "KEXEC_INITRD": "KEXEC_INITRAMFS",
@@ -57,6 +59,13 @@ def quoted(token: bytes) -> str:
     return f"`{text}…`" if len(token) > QUOTED_BYTES else f"`{text}`"
 
 
+def too_long(length: int) -> Fault:
+    """A text that kmalloc() has no room for."""
+    return Fault(
+        f"the policy has {length} bytes; the kernel cannot hold more than {MAX_TEXT}", "split off what is not needed"
+    )
+
+
 def no_header(text: bytes) -> Fault:
     """Nothing but comments and white space, or nothing before the first NUL."""
     if not text:
@@ -73,6 +82,8 @@ def name(token: bytes) -> Fault:
     for mark, encoding in ((b"\xef\xbb\xbf", "UTF-8"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         if token.startswith(mark):
             return Fault(f"the text starts with a byte order mark ({encoding})", "save it as plain text without one")
+    if token[:1] == b"0" and token[1:2] in _DER_LENGTHS:
+        return Fault("this is no text; it looks like a signed policy (DER)", "verify it first; the policy is inside")
     if token == b"policy_name=":
         return Fault("the policy name is empty", "a name is one word: policy_name=NAME", len(token))
     if token.startswith(b"policy_version="):
@@ -155,7 +166,7 @@ def action(token: bytes, *, commented: bool) -> Fault:
         )
     if commented:
         return Fault("the line has no action at its end", "everything from `#` on is a comment")
-    meant = _did_you_mean(token, ACTION_FORMS)
+    meant = "" if token.upper() == b"ACTION" else _did_you_mean(token, ACTION_FORMS)
     return Fault(
         f"the line ends with {quoted(token)}, not with an action", meant or "end it with action=ALLOW or action=DENY"
     )
@@ -238,4 +249,5 @@ def _count(number: int, noun: str) -> str:
 
 
 _HEADER_SUGGESTION = "start with policy_name=NAME policy_version=MAJOR.MINOR.REV"
+_DER_LENGTHS = {bytes([first]) for first in range(0x80, 0x85)}
 _KEYS = (b"op", *dict.fromkeys(form.partition("=")[0].encode() for form in PROPERTY_FORMS))

@@ -42,10 +42,12 @@ def parse_policy(text: bytes, *, filename: str = "<policy>") -> Policy:
     bytes. From a NUL byte on everything is ignored, as the kernel's string functions do. The work is linear in the
     length of the text.
 
-    Raises PolicyError with EBADMSG, EINVAL (a version or a digest that is no number) or ERANGE (a version part
-    over 65535); ``filename`` is for its message.
+    Raises PolicyError with EBADMSG, EINVAL (a version or a digest that is no number), ERANGE (a version part over
+    65535) or ENOMEM (a text of 4 MiB or more: ``kmemdup_nul``); ``filename`` is for its message.
     """
     try:
+        if len(text) > faults.MAX_TEXT:
+            raise _error(errno.ENOMEM, Position(1, 1), faults.too_long(len(text)), "ipe_parse_policy")
         return _Parser().parse(text)
     except PolicyError as error:
         error.filename = filename

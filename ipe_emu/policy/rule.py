@@ -42,7 +42,7 @@ class PropertyType(enum.Enum):
     FSV_SIG_TRUE = "fsverity_signature=TRUE"
 
 
-@frozen(weakref_slot=False)
+@frozen(order=True, weakref_slot=False)  # without the slot: values that come in ten thousands
 class Position:
     """Where something stands in a policy's text; both count from 1, columns in bytes."""
 
