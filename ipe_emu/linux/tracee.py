@@ -1,0 +1,197 @@
+"""A thread that waits in a system call, as /proc shows it: its memory, its identity, its files, its mappings.
+
+What is read here belongs to the thread only if its notification is still valid afterwards: a pid can be reused.
+"""
+
+import errno
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+_PAGE: Final = 4096
+_READ: Final = os.O_RDONLY | os.O_CLOEXEC
+_PATH_ONLY: Final = os.O_PATH | os.O_CLOEXEC
+# No /proc file that is read here is longer, but for mountinfo and maps.
+_SMALL_FILE: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What /proc/PID/status says, with ids as the reader's user namespace has them.
+
+    ``ns_tgids`` and ``ns_pids`` begin in the reader's pid namespace and end in the thread's own.
+    """
+
+    tgid: int
+    tracer: int
+    fsuid: int
+    fsgid: int
+    groups: tuple[int, ...]
+    effective: int
+    ns_tgids: tuple[int, ...]
+    ns_pids: tuple[int, ...]
+
+    def capable(self, capability: int) -> bool:
+        """Whether the capability is in the effective set (of the thread's own user namespace)."""
+        return bool(self.effective >> capability & 1)
+
+
+class Mapping(NamedTuple):
+    """One line of /proc/PID/maps; ``path`` is empty for anonymous memory and ``[name]`` for the kernel's own."""
+
+    start: int
+    end: int
+    readable: bool
+    executable: bool
+    shared: bool
+    dev: int
+    ino: int
+    path: bytes
+
+
+class Tracee:
+    """One waiting thread. Everything raises OSError, ESRCH or ENOENT among them if the thread is gone."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._proc = b"/proc/%d/" % pid
+
+    def comm(self) -> bytes:
+        """Return the thread's name, at most 15 bytes, any but NUL."""
+        return self._read(b"comm").removesuffix(b"\n")
+
+    @functools.cached_property
+    def status(self) -> Status:
+        """What /proc/PID/status says, read once."""
+        fields = dict(line.split(b":\t", 1) for line in self._read(b"status").split(b"\n") if b":\t" in line)
+        return Status(
+            tgid=int(fields[b"Tgid"]),
+            tracer=int(fields[b"TracerPid"]),
+            fsuid=int(fields[b"Uid"].split()[3]),
+            fsgid=int(fields[b"Gid"].split()[3]),
+            groups=tuple(map(int, fields[b"Groups"].split())),
+            effective=int(fields[b"CapEff"], 16),
+            ns_tgids=tuple(map(int, fields[b"NStgid"].split())),
+            ns_pids=tuple(map(int, fields[b"NSpid"].split())),
+        )
+
+    def user_namespace(self) -> int:
+        """Return the inode number that identifies the thread's user namespace."""
+        return os.stat(self._proc + b"ns/user").st_ino  # noqa: PTH116 - built from bytes once
+
+    def start_time(self) -> bytes:
+        """Return when the thread started, in clock ticks since boot; with the pid it identifies the thread."""
+        return start_time(self._read(b"stat"))
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def string(self, address: int, limit: int) -> bytes | None:
+        """Return the NUL-terminated string at ``address``; None if there is no NUL within ``limit`` bytes.
+
+        Raises OSError EIO where the memory cannot be read (the kernel would answer EFAULT).
+        """
+        memory = os.open(self._proc + b"mem", _READ)
+        try:
+            found = b""
+            while len(found) < limit:
+                # Never across a page border in one read: the next page may not be there.
+                size = min(_PAGE - (address + len(found)) % _PAGE, limit - len(found))
+                piece = _pread(memory, size, address + len(found))
+                end = piece.find(b"\0")
+                if end >= 0:
+                    return found + piece[:end]
+                if not piece:
+                    raise OSError(errno.EIO, "end of memory")
+                found += piece
+        finally:
+            os.close(memory)
+        return None
+
+    def memory(self, address: int, size: int) -> bytes:
+        """Return ``size`` bytes at ``address``, or fewer if the rest cannot be read; OSError EIO if nothing can."""
+        memory = os.open(self._proc + b"mem", _READ)
+        try:
+            return _pread(memory, size, address)
+        finally:
+            os.close(memory)
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def open_root(self) -> int:
+        """Return an O_PATH descriptor of the thread's root directory."""
+        return os.open(self._proc + b"root", _PATH_ONLY)
+
+    def root_path(self) -> bytes:
+        """Return where the root directory lies in its mount namespace: ``/``, or the directory of a chroot(2)."""
+        return os.readlink(self._proc + b"root")  # noqa: PTH115 - built from bytes once
+
+    def open_cwd(self) -> int:
+        """Return an O_PATH descriptor of the thread's working directory."""
+        return os.open(self._proc + b"cwd", _PATH_ONLY)
+
+    def open_fd(self, fd: int) -> int:
+        """Return an O_PATH descriptor of what descriptor ``fd`` is open on. FileNotFoundError if closed."""
+        return os.open(self._proc + b"fd/%d" % fd, _PATH_ONLY)
+
+    def stat_fd(self, fd: int) -> os.stat_result:
+        """Return the status of what descriptor ``fd`` is open on. FileNotFoundError if closed."""
+        return os.stat(self._proc + b"fd/%d" % fd)  # noqa: PTH116 - built from bytes once
+
+    def flags_of_fd(self, fd: int) -> int:
+        """Return the open(2) flags of descriptor ``fd``, O_CLOEXEC included. FileNotFoundError if closed."""
+        for line in self._read(b"fdinfo/%d" % fd).split(b"\n"):
+            if line.startswith(b"flags:"):
+                return int(line[6:], 8)
+        raise OSError(errno.EIO, "no flags in fdinfo")
+
+    def mappings(self, start: int, end: int) -> Iterator[Mapping]:
+        """Return the memory mappings that overlap ``start`` to ``end``, lowest address first."""
+        with open(self._proc + b"maps", "rb") as lines:  # noqa: PTH123 - built from bytes once
+            for line in lines:
+                mapping = parse_mapping(line)
+                if mapping.start >= end:
+                    return
+                if mapping.end > start:
+                    yield mapping
+
+    def open_mapping(self, mapping: Mapping) -> int:
+        """Return an O_PATH descriptor of a mapping's file. PermissionError without CAP_SYS_ADMIN over the machine."""
+        return os.open(self._proc + b"map_files/%x-%x" % (mapping.start, mapping.end), _PATH_ONLY)
+
+    def _read(self, name: bytes) -> bytes:
+        fd = os.open(self._proc + name, _READ)
+        try:
+            return os.read(fd, _SMALL_FILE)
+        finally:
+            os.close(fd)
+
+
+def _pread(memory: int, size: int, address: int) -> bytes:
+    if address >= 1 << 63:  # no user memory is there, and an offset of a file cannot say it
+        raise OSError(errno.EIO, "not an address of user memory")
+    return os.pread(memory, size, address)
+
+
+def start_time(stat: bytes) -> bytes:
+    """Return the field ``starttime`` of the content of a /proc/PID/stat."""
+    return stat.rpartition(b")")[2].split()[19]
+
+
+def parse_mapping(line: bytes) -> Mapping:
+    """Parse one line of /proc/PID/maps (``show_map_vma()``): the path may hold blanks, a newline in it is escaped."""
+    fields = line.rstrip(b"\n").split(None, 5)
+    start, _, end = fields[0].partition(b"-")
+    permissions = fields[1]
+    major, _, minor = fields[3].partition(b":")
+    return Mapping(
+        start=int(start, 16),
+        end=int(end, 16),
+        readable=permissions[:1] == b"r",
+        executable=permissions[2:3] == b"x",
+        shared=permissions[3:4] == b"s",
+        dev=os.makedev(int(major, 16), int(minor, 16)),
+        ino=int(fields[4]),
+        path=fields[5].replace(b"\\012", b"\n") if len(fields) > 5 else b"",
+    )
