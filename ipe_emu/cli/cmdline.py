@@ -1,0 +1,60 @@
+"""IPE's two parameters on a kernel command line, read as the kernel reads them."""
+
+from collections.abc import Iterator
+
+from attrs import frozen
+
+from ipe_emu.errors import KernelError
+from ipe_emu.lsm import kstrtobool
+
+#: isspace() of the kernel, which goes by Latin-1.
+_SPACE = b" \t\n\v\f\r\xa0"
+
+
+@frozen
+class Parameters:
+    """What the command line says of IPE; ``ignored`` are the words that the kernel only complains about."""
+
+    enforce: bool = True
+    success_audit: bool = False
+    ignored: tuple[bytes, ...] = ()
+
+
+def parse_cmdline(text: bytes) -> Parameters:
+    """Read ``ipe.enforce=`` and ``ipe.success_audit=`` (kernel: ``parse_args()``, ``param_set_bool()``).
+
+    The last boolean counts. A value that is no boolean is ``ignored``: the kernel logs an error and goes on with what
+    it had. Every other word belongs to somebody else. ``--`` ends what the kernel reads.
+    """
+    values = {b"ipe.enforce": True, b"ipe.success_audit": False}
+    ignored = []
+    for word in _words(text):
+        if word == b"--":
+            break
+        name, equals, value = word.partition(b"=")
+        name = name.replace(b"-", b"_")  # parameq() takes them for the same
+        if name not in values:
+            continue
+        if value[:1] == b'"':
+            value = value[1:].removesuffix(b'"')
+        try:
+            values[name] = kstrtobool(value) if equals else True  # a bare name sets it
+        except KernelError:
+            ignored.append(word)
+    return Parameters(values[b"ipe.enforce"], values[b"ipe.success_audit"], tuple(ignored))
+
+
+def _words(text: bytes) -> Iterator[bytes]:
+    """Cut at white space outside double quotes; quotes around a whole word are no part of it (``next_arg()``)."""
+    word = bytearray()
+    quoted = False
+    for octet in text + b" ":
+        if octet in _SPACE and not quoted:
+            if word:
+                yield bytes(word[1:].removesuffix(b'"') if word[0] == ord('"') else word)
+            word.clear()
+            continue
+        quoted ^= octet == ord('"')
+        word.append(octet)
+    if word:  # a quote was never closed: the word goes on to the end
+        yield bytes(word.removeprefix(b'"').removesuffix(b" "))

@@ -1,0 +1,42 @@
+"""What the commands print: messages on stderr, and names of files that cannot break a line or a terminal."""
+
+import sys
+
+from ipe_emu.profiles import PROFILES, Profile
+
+_NOTES = {
+    "op-policy": "linux-7.3 plus a proposal that no released kernel has: op=POLICY can admit unsigned policies",
+}
+
+
+def escape(name: bytes | str) -> str:
+    r"""Return ``name`` with the backslash and every byte that is not printable UTF-8 as ``\\``, ``\n`` or ``\xNN``."""
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    return "".join(map(_escape_character, text))
+
+
+def _escape_character(character: str) -> str:
+    if character == "\\":
+        return r"\\"
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as surrogateescape keeps it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def say(message: str) -> None:
+    """Print a remark on stderr."""
+    print(f"ipe-emu: {message}", file=sys.stderr, flush=True)
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr."""
+    say(f"error: {message}")
+
+
+def announce(name: str) -> Profile:
+    """Say first which kernel is emulated, and return its profile."""
+    note = _NOTES.get(name)
+    say(f"kernel profile {name}" + (f" ({note})" if note else ""))
+    return PROFILES[name]
