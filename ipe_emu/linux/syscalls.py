@@ -78,6 +78,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "splice": (275, 76),
     "tee": (276, 77),
     "vmsplice": (278, 75),
+    "signalfd4": (289, 74),
     "preadv": (295, 69),
     "pwritev": (296, 70),
     "name_to_handle_at": (303, 264),
