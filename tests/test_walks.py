@@ -56,7 +56,8 @@ class ModelWalk:
 
     def read_file(self, path: bytes) -> tuple[File, bytes]:
         if path not in self.files:
-            raise KernelError(errno.ENOENT)
+            # Directories and /proc/self/mem, whose size is 0, are nothing that kernel_read_file() reads.
+            raise KernelError(errno.ENOENT if path == b"/none" else errno.EINVAL)
         return self.files[path]
 
     def find(self, name: str) -> LoadedPolicy:
