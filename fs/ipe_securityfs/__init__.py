@@ -1,0 +1,1 @@
+"""securityfs as the rehearsed machine shows it: a node tree over the LSM, served through FUSE."""

@@ -1,0 +1,202 @@
+"""Who is on the other side of a request: the opener of a node, and the process that waits for its write.
+
+FUSE tells the thread that opens. It tells nothing of who writes, and cuts a write(2) that is longer than one message;
+both are found out from the thread that waits for the answer, whose system call /proc shows.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.event import File, Subject
+from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.linux import procfs
+from ipe_emu.lsm import Opener
+
+#: The calls whose data comes from the caller's memory, and where their arguments say so.
+_FROM_BUFFER: Final = frozenset({"write", "pwrite64"})
+_FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
+#: The calls that take their data from another file: which argument is the descriptor that is written to.
+_FROM_FILE: Final = {"sendfile": 0, "splice": 2, "copy_file_range": 2}
+#: The most segments that a vector can have (UIO_MAXIOV).
+_UIO_MAXIOV: Final = 1024
+
+
+@frozen
+class Credentials:
+    """Whose capabilities count.
+
+    ``user_namespaces`` are the rehearsed machine's own (inode numbers of /proc/PID/ns/user): a capability in any other
+    one, such as that of root in a nested namespace, is none. ``assume_for_uid`` is the user who is given CAP_MAC_ADMIN
+    on his own mount without having it, or None.
+    """
+
+    user_namespaces: frozenset[int]
+    assume_for_uid: int | None = None
+
+    def opener(self, tid: int) -> Opener:
+        """Sample the credentials that ``file_ns_capable()`` will look at. What cannot be read is no capability."""
+        if tid <= 0:  # outside this pid namespace: nothing can be known of it
+            return Opener(cap_mac_admin=False)
+        try:
+            auid, ses = procfs.login_ids(tid)
+        except (OSError, ValueError):
+            return Opener(cap_mac_admin=False)
+        return Opener(cap_mac_admin=self._has_mac_admin(tid), auid=auid, ses=ses)
+
+    def _has_mac_admin(self, tid: int) -> bool:
+        try:
+            if procfs.namespace(tid, "user") not in self.user_namespaces:
+                return False
+            credentials = procfs.credentials(tid)
+        except (OSError, ValueError, KeyError):
+            return False
+        return credentials.has(procfs.CAP_MAC_ADMIN) or credentials.fsuid == self.assume_for_uid
+
+
+@frozen
+class Segment:
+    """A piece of the writer's memory."""
+
+    address: int
+    length: int
+
+
+@frozen
+class WaitingWrite:
+    """The system call of a thread that waits for its write to be answered.
+
+    ``segments`` is empty for sendfile(2) and its kin, whose data is not in the thread's memory.
+    """
+
+    tid: int
+    call: procfs.SystemCall
+    segments: tuple[Segment, ...]
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the data comes from another file, which securityfs refuses (it has no ``splice_write``)."""
+        return self.call.name in _FROM_FILE
+
+    @property
+    def count(self) -> int:
+        """How many bytes the whole call is to write."""
+        return sum(segment.length for segment in self.segments)
+
+    def starts_with(self, data: bytes) -> bool:
+        """Whether the memory that the call writes begins with ``data``."""
+        return self.read(len(data)) == data
+
+    def read(self, length: int) -> bytes:
+        """Return the first ``length`` bytes that the call writes; OSError where they cannot be read."""
+        pieces = []
+        for segment in self.segments:
+            if length <= 0:
+                break
+            pieces.append(procfs.read_memory(self.tid, segment.address, min(segment.length, length)))
+            length -= segment.length
+        return b"".join(pieces)
+
+
+class Running(Exception):  # noqa: N818 - no error, but the reason to look again
+    """A thread is not waiting at the moment, so its system call cannot be seen."""
+
+
+def waiting_write(tid: int, ino: int) -> WaitingWrite | None:
+    """Return what ``tid`` writes to the inode ``ino``, or None if it waits for something else.
+
+    Raises Running while it does not wait, and OSError where it cannot be looked at.
+    """
+    call = procfs.current_syscall(tid)
+    if call is None:
+        raise Running
+    name = call.name
+    arguments = call.arguments
+    if name is None:
+        return None
+    if name in _FROM_BUFFER:
+        segments: tuple[Segment, ...] = (Segment(arguments[1], arguments[2]),)
+        fd = arguments[0]
+    elif name in _FROM_VECTOR:
+        segments = _vector(tid, arguments[1], arguments[2])
+        fd = arguments[0]
+    elif name in _FROM_FILE:
+        segments = ()
+        fd = arguments[_FROM_FILE[name]]
+    else:
+        return None
+    if procfs.descriptor_inode(tid, fd & 0xFFFFFFFF) != ino:
+        return None
+    return WaitingWrite(tid, call, segments)
+
+
+def _vector(tid: int, address: int, count: int) -> tuple[Segment, ...]:
+    if not 0 < count <= _UIO_MAXIOV:
+        return ()
+    words = memoryview(procfs.read_memory(tid, address, 16 * count)).cast("Q")
+    return tuple(Segment(words[i], words[i + 1]) for i in range(0, len(words), 2))
+
+
+def find_write(tids: Iterable[int], ino: int, data: bytes, *, compare: bool) -> tuple[WaitingWrite | None, bool]:
+    """Look among threads for the one that writes ``data`` to ``ino``.
+
+    With ``compare`` its memory must hold the data. Two threads that write the same data to the same node are equally
+    good: each of them does write it. The second value tells whether some thread was running, and so not seen.
+    """
+    running = False
+    for tid in tids:
+        try:
+            found = waiting_write(tid, ino)
+            if found is None:
+                continue
+            if found.from_file or (found.count >= len(data) and (not compare or found.starts_with(data))):
+                return found, running
+        except Running:
+            running = True
+        except OSError:
+            continue
+    return None, running
+
+
+def same_call(write: WaitingWrite) -> bool:
+    """Whether the thread still waits in the very same system call."""
+    try:
+        return procfs.current_syscall(write.tid) == write.call
+    except OSError:
+        return False
+
+
+def subject_of(tid: int) -> Subject:
+    """Return the process and the name that audit records give; OSError or ValueError if it cannot be read."""
+    return Subject(procfs.credentials(tid).tgid, procfs.comm(tid))
+
+
+def below_root_of(pid: int, path: bytes) -> bytes:
+    """Return ``path`` as a process sees it that may have another root directory (``d_path()``)."""
+    root = os.readlink(b"/proc/%d/root" % pid)  # noqa: PTH115 - bytes: a path need not be UTF-8
+    return path.removeprefix(root) if root != b"/" and path.startswith(root + b"/") else path
+
+
+def describe(pid: int, fd: int, facts: FactsSource) -> File:
+    """Return the open file ``fd`` of this process as an event of process ``pid`` knows it; OSError on failure."""
+    path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115
+    status = os.fstat(fd)
+    mount = procfs.mount_id("self", fd)
+    known = facts.facts_of(
+        path, status, mount, lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    )
+    return File(below_root_of(pid, path), procfs.superblock_name(pid, mount), status.st_ino, known)
+
+
+def executable_of(pid: int, facts: FactsSource) -> File | None:
+    """Return the program a process runs (``mm->exe_file``), or None where it cannot be established."""
+    try:
+        fd = os.open(f"/proc/{pid}/exe", os.O_PATH | os.O_CLOEXEC)
+        try:
+            return describe(pid, fd, facts)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None

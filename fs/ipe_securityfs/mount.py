@@ -1,0 +1,93 @@
+"""One FUSE session from mount to unmount. pyfuse3 serves one session per process, and so does this module."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Collection
+
+import pyfuse3
+import trio
+from attrs import evolve
+
+from ipe_emu.errors import CannotEmulateError
+from ipe_emu.linux import mounts
+from ipe_emu.lsm import Ipe
+from ipe_securityfs.operations import MountedAs, Operations
+from ipe_securityfs.tree import Owner, Tree, lsm_list
+
+log = logging.getLogger("ipe_emu.securityfs")
+
+#: What /proc/mounts shows. securityfs is mounted nosuid, nodev and noexec everywhere.
+_OPTIONS = frozenset({"default_permissions", "fsname=securityfs", "subtype=securityfs"})
+_MOUNT_OPTIONS = frozenset({"auto_unmount", "nosuid", "nodev", "noexec"})
+
+
+class Session:
+    """Serves ``ipe`` on ``target``: a directory, or ``/dev/fd/N`` where somebody else has mounted already.
+
+    ``allow_other`` opens the mount to other users, as the kernel's is (mode bits decide); only root may ask for it.
+    """
+
+    def __init__(
+        self, ipe: Ipe, target: str, mounted_as: MountedAs, *, owner: Owner | None = None, allow_other: bool = False
+    ) -> None:
+        self._target = target
+        self._allow_other = allow_other
+        names, known = lsm_list()
+        if not known:
+            log.info("this machine's /sys/kernel/security/lsm cannot be read; lsm shows %s", names.decode())
+        self.tree = Tree(ipe, lsm_list=names, owner=owner)
+        self._operations = Operations(ipe, self.tree, mounted_as)
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    @property
+    def _is_directory(self) -> bool:
+        return not self._target.startswith("/dev/fd/")
+
+    def run(self, ready: Callable[[], None] = lambda: None, *, stop_on: Collection[signal.Signals] = ()) -> None:
+        """Mount, call ``ready``, serve until the mount is gone or ``stop`` is called, unmount.
+
+        Signals can only be waited for in the main thread. CannotEmulateError if the mount fails; libfuse has then
+        said why on stderr.
+        """
+        options = set(_OPTIONS)
+        if self._is_directory:
+            options |= _MOUNT_OPTIONS
+        if self._allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(self._operations, self._target, options)
+        except RuntimeError as error:
+            raise CannotEmulateError(f"{self._target}: FUSE cannot be mounted here: {error}") from None
+        try:
+            if self._is_directory:
+                device = mounts.mount_at(os.fsencode(self._target)).device
+                self._operations.mounted_as = evolve(self._operations.mounted_as, device=device)
+            trio.run(self._serve, ready, stop_on)
+        finally:
+            pyfuse3.close(unmount=self._is_directory)
+
+    def stop(self) -> None:
+        """End ``run``, from any thread; harmless when it has ended."""
+        token = self._token
+        if token is not None:
+            try:
+                token.run_sync_soon(pyfuse3.terminate, idempotent=True)
+            except trio.RunFinishedError:
+                return
+
+    async def _serve(self, ready: Callable[[], None], stop_on: Collection[signal.Signals]) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            if stop_on:
+                nursery.start_soon(self._stop_on_signal, stop_on)
+            ready()
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+    async def _stop_on_signal(self, signals: Collection[signal.Signals]) -> None:
+        with trio.open_signal_receiver(*signals) as received:
+            async for number in received:
+                log.info("ends: %s", signal.Signals(number).name)
+                pyfuse3.terminate()
+                return

@@ -1,0 +1,546 @@
+"""What the kernel asks of the mount. The only place where an error of the model becomes a FUSEError.
+
+Every errno that looks odd here is securityfs's own answer; the function that gives it is named beside it.
+"""
+
+# ruff: noqa: ARG002, D102, PLR0917 - names, order and meaning of these arguments are pyfuse3's
+
+import errno
+import logging
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar, TypeVarTuple
+
+import pyfuse3
+import trio
+from attrs import define, field, frozen
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from ipe_emu.errors import KernelError
+from ipe_emu.event import Subject
+from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.linux import procfs
+from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
+from ipe_securityfs.clients import Credentials, WaitingWrite, executable_of, find_write, same_call, subject_of
+from ipe_securityfs.policy_file import PolicyFileReader
+from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
+
+Arguments = TypeVarTuple("Arguments")
+Value = TypeVar("Value")
+
+log = logging.getLogger("ipe_emu.securityfs")
+
+#: How long a write may take to show who makes it: the thread may not have gone to sleep yet when its request is here.
+_SECONDS_TO_SEE_WRITER: Final = 2.0
+_SECONDS_BETWEEN_LOOKS: Final = 0.0005
+#: How long a removal may take to go through the mount; a client that is stopped inside it must not hold up another.
+_SECONDS_TO_REMOVE: Final = 2.0
+#: How long the opener alone is looked at, if it was running: nearly always it writes itself.
+_SECONDS_TO_SEE_OPENER: Final = 0.02
+#: What kstrtobool_from_user() copies.
+_BOOLEAN_LENGTH: Final = 4
+_PAGE: Final = 4096
+_ONLY_HEADER: Final = re.compile(rb"\s*policy_name=\S+[ \t]+policy_version=\S+\s*")
+_NOBODY: Final = Subject(0, b"?")
+#: For descriptors that cannot write: no credentials are sampled for them.
+_READER: Final = Writer(Opener(cap_mac_admin=False), _NOBODY)
+
+
+@frozen
+class MountedAs:
+    """What the mount must know of its surroundings.
+
+    ``removable_at`` is the path under which this process itself sees the mount, and None where it does not;
+    ``device`` gives the mount's st_dev, from which no policy file is read.
+    """
+
+    credentials: Credentials
+    facts: FactsSource
+    removable_at: str | None = None
+    device: int | None = None
+
+
+@define(eq=False)
+class _Rest:
+    """What is left of a write(2) that FUSE cut, whose whole data was judged with the first piece."""
+
+    write: WaitingWrite
+    offset: int
+    remaining: int
+
+
+@define(eq=False)
+class _Handle:
+    """One open file description: ``writer`` carries the credentials it was opened with."""
+
+    node: File
+    tid: int
+    readable: bool
+    writer: Writer
+    rest: _Rest | None = None
+
+
+@define(eq=False)
+class _OpenDirectory:
+    node: Directory
+    snapshot: list[tuple[bytes, Node]] = field(factory=list)
+
+
+def _refused(number: int, reason: str, function: str = "") -> FUSEError:
+    log.debug("%s: %s (%s)", errno.errorcode.get(number, number), reason, function)
+    return FUSEError(number)
+
+
+class Operations(pyfuse3.Operations):
+    """The file system. Runs in the one thread of the trio loop; only the loading of policies goes elsewhere."""
+
+    def __init__(self, ipe: Ipe, tree: Tree, mounted_as: MountedAs) -> None:
+        super().__init__()
+        self._ipe = ipe
+        self._tree = tree
+        self.mounted_as = mounted_as
+        self._handles: dict[int, _Handle] = {}
+        self._directories: dict[int, _OpenDirectory] = {}
+        self._last_handle = 0
+        self._removing: dict[int, Directory] = {}
+
+    # -- names and attributes --------------------------------------------------------------------------------------
+
+    def _node(self, ino: int) -> Node:
+        try:
+            return self._tree.node(ino)
+        except KeyError:
+            raise FUSEError(errno.ENOENT) from None
+
+    def _entry(self, node: Node) -> EntryAttributes:
+        attributes = node.attributes
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(node.ino)
+        entry.entry_timeout = 0
+        entry.attr_timeout = 0
+        entry.st_mode = ModeT(attributes.mode)
+        entry.st_nlink = node.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_size = attributes.size
+        entry.st_atime_ns = attributes.atime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
+        if isinstance(node, File) and node.readers:
+            entry.st_size = _readable_size(node)
+        return entry
+
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        parent = self._node(parent_inode)
+        if len(name) > NAME_MAX:
+            raise FUSEError(errno.ENAMETOOLONG)
+        if not isinstance(parent, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        removing = self._removing.get(ctx.pid)
+        node: Node | None
+        if removing is not None and removing.parent is parent and removing.name == name:
+            node = removing
+        else:
+            node = None if parent.removed else parent.lookup(name)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        node.lookups += 1
+        return self._entry(node)
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self._node(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self._tree.forget(inode, count)
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Keep what is set, as simple_setattr() does; truncation changes the size that stat shows, and nothing else."""
+        node = self._node(inode)
+        attributes = node.attributes
+        if fields.update_mode:
+            attributes.mode = stat.S_IFMT(attributes.mode) | stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            attributes.uid = attr.st_uid
+        if fields.update_gid:
+            attributes.gid = attr.st_gid
+        if fields.update_size:
+            attributes.size = attr.st_size
+        if fields.update_atime:
+            attributes.atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            attributes.mtime_ns = attr.st_mtime_ns
+        if fields.update_ctime:
+            attributes.ctime_ns = attr.st_ctime_ns
+        return self._entry(node)
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Answer as simple_statfs(): nothing has a size, names have at most 255 bytes."""
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_namemax = NAME_MAX
+        return data
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
+        return []
+
+    # -- what securityfs does not let anyone do --------------------------------------------------------------------
+
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        # vfs_create() without i_op->create; every other type lacks i_op->mknod.
+        raise _refused(errno.EACCES if stat.S_ISREG(mode) else errno.EPERM, "nothing can be made here", "vfs_mknod")
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        raise _refused(errno.EACCES, "nothing can be made here", "lookup_open")
+
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        raise _refused(errno.EPERM, "policies appear when they are loaded", "vfs_mkdir")
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise _refused(errno.EPERM, "nothing can be made here", "vfs_symlink")
+
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise _refused(errno.EPERM, "nothing can be made here", "vfs_link")
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        raise _refused(errno.EPERM, "nothing can be renamed here", "vfs_rename")
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        raise _refused(errno.EPERM, "nodes go with their policy: write 1 to its delete node", "vfs_unlink")
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        if self._removing.pop(ctx.pid, None) is None:
+            raise _refused(errno.EPERM, "a policy goes when 1 is written to its delete node", "vfs_rmdir")
+
+    # -- directories -----------------------------------------------------------------------------------------------
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        node = self._node(inode)
+        if not isinstance(node, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        handle = self._next_handle()
+        self._directories[handle] = _OpenDirectory(node)
+        return handle
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        directory = self._directories[fh]
+        node = directory.node
+        if node.removed:
+            raise _refused(errno.ENOENT, "the directory was removed", "iterate_dir")
+        if start_id == 0:
+            directory.snapshot = [(b".", node), (b"..", node.parent or node), *node.listing()]
+        for position, (name, child) in enumerate(directory.snapshot[start_id:], start_id + 1):
+            if child.removed:
+                continue
+            if not pyfuse3.readdir_reply(token, FileNameT(name), self._entry(child), position):
+                return
+            if name not in (b".", b".."):
+                child.lookups += 1
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._directories[fh]
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Do nothing, successfully (``noop_fsync()``)."""
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _next_handle(self) -> FileHandleT:
+        self._last_handle += 1
+        return FileHandleT(self._last_handle)
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        node = self._node(inode)
+        if not isinstance(node, File):
+            raise FUSEError(errno.EISDIR)
+        if flags & os.O_DIRECT:
+            raise _refused(errno.EINVAL, "O_DIRECT is unknown here", "do_dentry_open")
+        if node.alias:
+            self._ipe.note_alias_use()
+        if flags & os.O_TRUNC:
+            node.attributes.size = 0
+        access = flags & os.O_ACCMODE
+        writer = _READER if access == os.O_RDONLY else Writer(self.mounted_as.credentials.opener(ctx.pid), _NOBODY)
+        handle = _Handle(node, ctx.pid, access != os.O_WRONLY, writer)
+        if handle.readable:
+            self._show_size(node)
+            node.readers += 1
+        fh = self._next_handle()
+        self._handles[fh] = handle
+        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+
+    def _show_size(self, node: File) -> None:
+        """Tell the kernel how long a node is that is being opened for reading.
+
+        To sendfile(2) and splice(2) a FUSE file of size 0 is at its end, and they say so without asking; securityfs
+        answers EINVAL, and every tool then reads. With a size they ask, here as anywhere. Only while nobody else
+        has it open: then no page of it is locked by a read that waits for this very thread.
+        """
+        if node.readers or not _readable_size(node):
+            return
+        try:
+            pyfuse3.notify_store(InodeT(node.ino), _readable_size(node) - 1, b"\0")
+        except OSError as error:
+            log.debug("%s: size not shown: %s", node.path, error)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        node = self._handles[fh].node
+        if node.read is None:
+            raise _refused(errno.EINVAL, f"{node.path} cannot be read", "vfs_read")
+        try:
+            return node.read()[off : off + size]
+        except KernelError as error:
+            raise _as_fuse(error, node) from None
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        try:
+            return await self._write(handle, off, buf)
+        except KernelError as error:
+            raise _as_fuse(error, handle.node) from None
+
+    async def release(self, fh: FileHandleT) -> None:
+        handle = self._handles.pop(fh)
+        if handle.readable:
+            handle.node.readers -= 1
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        raise _refused(errno.EINVAL, "securityfs files have no fsync", "vfs_fsync_range")
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def _write(self, handle: _Handle, offset: int, data: bytes) -> int:
+        node = handle.node
+        if node.write is None:
+            raise KernelError(errno.EINVAL, f"{node.path} cannot be written", "vfs_write")
+        rest, handle.rest = handle.rest, None
+        if rest is not None and rest.offset == offset and same_call(rest.write):
+            return _take_from_rest(handle, rest, len(data))
+        unsigned = node.takes_policy and self._ipe.profile.unsigned_policies and data[:1] != b"\x30"
+        write = await self._who_writes(handle, data, compare=unsigned)
+        if write is None or (write.count == len(data) and len(write.segments) == 1):
+            await self._judge(handle, data, write if unsigned else None)
+            return len(data)
+        done = await self._write_segments(handle, data, write, unsigned=unsigned)
+        if done > len(data):
+            handle.rest = _Rest(write, offset + len(data), done - len(data))
+        return min(done, len(data))
+
+    async def _who_writes(self, handle: _Handle, data: bytes, *, compare: bool) -> WaitingWrite | None:
+        """Return the system call that waits for this write; None where its answer is EPERM whatever it is.
+
+        KernelError EINVAL for sendfile(2) and its kin, EACCES if the call cannot be seen: what is not known to be one
+        policy written by one write is not let in.
+        """
+        write = await self._find_writer(handle.node.ino, handle.tid, data, compare=compare)
+        if write is not None and write.from_file:
+            raise KernelError(errno.EINVAL, f"{write.call.name} cannot write to securityfs", "do_splice")
+        if write is None:
+            if not handle.writer.opener.cap_mac_admin:
+                return None
+            error = KernelError(errno.EACCES, _why_not_seen(handle.tid), "")
+            log.warning("%s: write refused: %s", handle.node.path, error.reason)
+            if handle.node.takes_policy:
+                self._ipe.refuse_load(error, handle.writer)
+            raise error
+        return write
+
+    async def _find_writer(self, ino: int, opener: int, data: bytes, *, compare: bool) -> WaitingWrite | None:
+        write, running = find_write((opener,), ino, data, compare=compare)
+        if write is not None:
+            return write
+        give_up = trio.current_time() + _SECONDS_TO_SEE_WRITER
+        look_everywhere = trio.current_time() + (_SECONDS_TO_SEE_OPENER if running else 0)
+        while trio.current_time() < give_up:
+            write, running = find_write(_threads_of(opener), ino, data, compare=compare)
+            if write is None and trio.current_time() >= look_everywhere:
+                write, running = await trio.to_thread.run_sync(
+                    lambda: find_write(_threads_of_others(), ino, data, compare=compare)
+                )
+                if write is None and not running:
+                    return None
+            if write is not None:
+                return write
+            await trio.sleep(_SECONDS_BETWEEN_LOOKS)
+        return None
+
+    async def _write_segments(self, handle: _Handle, data: bytes, write: WaitingWrite, *, unsigned: bool) -> int:
+        """Write each segment of a vector on its own (``do_loop_readv_writev()``), and all of a call that FUSE cut.
+
+        The whole call is judged with its first piece, from the writer's memory, as the kernel copies it in whole.
+        """
+        cut = write.count != len(data)
+        if cut and not await _from_writer(write.starts_with, data):
+            raise KernelError(errno.EACCES, "the rest of a write that was cut, whose beginning was not seen", "")
+        done = 0
+        for number, segment in enumerate(write.segments):
+            if segment.length == 0 and number:
+                continue
+            if cut:
+                wanted = min(segment.length, WRITE_LIMIT if handle.node.takes_policy else _BOOLEAN_LENGTH)
+                content = await _from_writer(procfs.read_memory, write.tid, segment.address, wanted)
+            else:
+                content = data[done : done + segment.length]
+            try:
+                await self._judge(handle, content, write if unsigned else None)
+            except KernelError:
+                if done:
+                    break
+                raise
+            done += segment.length
+        return done
+
+    async def _judge(self, handle: _Handle, content: bytes, write: WaitingWrite | None) -> None:
+        """Put what was written to the model; ``write`` is given where it matters who writes."""
+        node = handle.node
+        assert node.write is not None  # noqa: S101 - asked in _write
+        if not node.takes_policy:
+            node.write(content, handle.writer)
+            if node.removed and node.parent is not None:
+                await self._remove_through_mount(node.parent)
+            return
+        if _ONLY_HEADER.fullmatch(content):
+            log.warning(
+                "%s: this write holds nothing but a policy's first line. One write(2) is one policy, and echo and"
+                " printf of bash write line by line: use cat FILE > NODE, or dd bs=64k",
+                node.path,
+            )
+        writer = handle.writer if write is None else self._writer_of(handle, write)
+        await trio.to_thread.run_sync(node.write, content, writer)
+
+    def _writer_of(self, handle: _Handle, write: WaitingWrite) -> Writer:
+        try:
+            subject = subject_of(write.tid)
+        except (OSError, ValueError, KeyError) as error:
+            raise KernelError(errno.EACCES, f"which process writes cannot be established: {error}", "") from None
+        facts = self.mounted_as.facts
+        return Writer(
+            handle.writer.opener,
+            subject,
+            executable=lambda: executable_of(subject.pid, facts),
+            read_policy_file=PolicyFileReader(write.tid, facts, self.mounted_as.device),
+        )
+
+    # -- removal ---------------------------------------------------------------------------------------------------
+
+    async def _remove_through_mount(self, directory: Directory) -> None:
+        """Have the kernel remove a deleted policy's directory, so that watchers of it and its parent hear of it.
+
+        In every other way it is gone already. The rmdir(2) of a thread of this process comes back as a request.
+        """
+        with trio.move_on_after(_SECONDS_TO_REMOVE):
+            await trio.to_thread.run_sync(self._remove_in_thread, directory, abandon_on_cancel=True)
+
+    def _remove_in_thread(self, directory: Directory) -> None:
+        name = directory.name
+        assert directory.parent is not None  # noqa: S101 - policies/
+        tid = threading.get_native_id()
+        try:
+            if self.mounted_as.removable_at is None:
+                pyfuse3.invalidate_entry(InodeT(directory.parent.ino), FileNameT(name), InodeT(directory.ino))
+            else:
+                self._removing[tid] = directory
+                os.rmdir(os.fsencode(self.mounted_as.removable_at) + b"/ipe/policies/" + name)  # noqa: PTH106 - bytes
+        except OSError as error:
+            log.debug("%s: removal not seen by watchers: %s", directory.path, error)
+        finally:
+            self._removing.pop(tid, None)
+
+
+async def _from_writer(read: Callable[[*Arguments], Value], *arguments: *Arguments) -> Value:
+    """Read from the memory of the writer in another thread; KernelError EACCES if that is not possible."""
+    try:
+        return await trio.to_thread.run_sync(read, *arguments)
+    except OSError as error:
+        raise KernelError(errno.EACCES, f"the writer's memory cannot be read: {error}", "") from None
+
+
+def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
+    taken = min(length, rest.remaining)
+    if rest.remaining > taken:
+        handle.rest = _Rest(rest.write, rest.offset + taken, rest.remaining - taken)
+    return taken
+
+
+def _readable_size(node: File) -> int:
+    """The length of what reading gives; a page where it gives an error, so that somebody asks and gets it.
+
+    (Of a size that is no whole number of pages, ``wc -c`` would believe that it is the answer.)
+    """
+    try:
+        return len(node.read()) if node.read is not None else _PAGE
+    except KernelError:
+        return _PAGE
+
+
+def _threads_of(pid: int) -> list[int]:
+    try:
+        return procfs.threads(pid)
+    except OSError:
+        return []
+
+
+def _threads_of_others() -> Iterator[int]:
+    own = set(procfs.threads(os.getpid()))
+    return (tid for tid in procfs.all_threads() if tid not in own)
+
+
+def _why_not_seen(tid: int) -> str:
+    try:
+        procfs.current_syscall(tid)
+    except PermissionError:
+        return (
+            f"the system call of the writer (thread {tid}) cannot be read, so that one write cannot be told from"
+            " a part of one. Where kernel.yama.ptrace_scope is not 0, only root may: mount as root, or use"
+            " `ipe-emu run`"
+        )
+    except OSError:
+        pass
+    return (
+        "no process is seen that waits in a write of this data: neither the one that opened the node nor another."
+        " io_uring, asynchronous and 32-bit writers cannot be judged"
+    )
+
+
+def _as_fuse(error: KernelError, node: Node) -> FUSEError:
+    log.info("%s: %s", node.path, error)
+    return FUSEError(error.errno or errno.EIO)
