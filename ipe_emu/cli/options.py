@@ -46,6 +46,20 @@ def add_key_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in _KEYS.items():
         group.add_argument(f"--{name}-keys", action="append", default=[], metavar="PATH", help=f"certificates {text}")
+    group.add_argument(
+        "--blacklist",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="certificates that count for nothing, or lists of their hashes (.blacklist)",
+    )
+    group.add_argument(
+        "--revocation-keys",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="certificates whose signatures are refused (the revocation list)",
+    )
 
 
 def add_integrity_options(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +101,7 @@ def has_keys(args: argparse.Namespace) -> bool:
 
 def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
     """Load the keys that were given; UserError for what holds none, or that ``profile`` has no keyring for."""
-    from ipe_emu.keyring import Keyrings, load_certificates
+    from ipe_emu.keyring import Keyrings, load_blacklist, load_certificates
 
     if args.dm_verity_keys and not profile.dm_verity_keyring:
         raise UserError(
@@ -101,6 +115,8 @@ def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
         builtin=load_certificates(paths["builtin"]),
         secondary=load_certificates(paths["secondary"]),
         platform=load_certificates(paths["platform"]) if paths["platform"] else None,
+        blacklist=load_blacklist(Path(p) for p in args.blacklist),
+        revocation=load_certificates(Path(p) for p in args.revocation_keys),
     )
 
 

@@ -13,7 +13,7 @@ from ipe_emu import __version__, cli
 from ipe_emu.cli import COMMANDS, doctor, run
 from ipe_emu.cli.output import escape
 from ipe_emu.errors import CannotEmulateError, KernelError, NotJudgedError, UserError
-from tests.cli.conftest import PROGRAM, ROOT, spawn, Run
+from tests.cli.conftest import PROGRAM, ROOT, Run, spawn
 
 
 def test_version(ipe_emu: Run) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import spawn, Run
+from tests.cli.conftest import Run, spawn
 
 GOOD = "policy_name=a policy_version=1.0.0\nDEFAULT action=DENY\nop=EXECUTE boot_verified=TRUE action=ALLOW\n"
 BAD = "policy_name=a policy_version=1.0.0\nDEFAULT action=DENY\nop=KERNEL_MODULE boot_verified=TRUE action=ALLOW\n"

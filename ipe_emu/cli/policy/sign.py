@@ -10,8 +10,6 @@ from ipe_emu.cli.policy.source import read_source
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.errors import UserError
 
-#: The kernel's ASN.1 decoder refuses more (EMSGSIZE).
-SIGNED_LIMIT = 65535
 _KEY_LIMIT = 1 << 20
 
 
@@ -40,7 +38,7 @@ ipe-emu policy sign --key signer.key --cert signer.pem -o update.p7b lockdown-v2
 def run(args: argparse.Namespace) -> int:
     """Sign a text that a kernel takes."""
     profile = announce(args.kernel)
-    from ipe_emu.pkcs7.sign import load_signer, sign_policy
+    from ipe_emu.pkcs7.sign import sign_policy
 
     if args.output is None and args.file == STDIN:
         raise UserError("a policy from stdin needs -o FILE to go to")
@@ -52,15 +50,9 @@ def run(args: argparse.Namespace) -> int:
         if source.signature != "none":
             raise UserError(f"{source.name}: is signed already")
         text = source.text
-    key, certificate = load_signer(
-        read_bounded(args.key, _KEY_LIMIT, "a private key"), read_bounded(args.cert, _KEY_LIMIT, "a certificate")
-    )
+    key = read_bounded(args.key, _KEY_LIMIT, "a private key")
+    certificate = read_bounded(args.cert, _KEY_LIMIT, "a certificate")
     signed = sign_policy(text, key, certificate, digest=args.digest)
-    if len(signed) > SIGNED_LIMIT and not args.force:
-        raise UserError(
-            f"the signed policy has {len(signed)} bytes; a kernel takes {SIGNED_LIMIT} at most (EMSGSIZE)."
-            " Fewer or shorter rules, or --force"
-        )
     create(output, signed, mode=0o644, force=args.force)
     say(f"wrote {escape(output)} ({len(signed)} bytes)")
     return exit_status.OK

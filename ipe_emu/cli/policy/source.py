@@ -1,11 +1,13 @@
 """A policy in a file: its text, whether it is signed, and whether the signature was verified."""
 
 import argparse
+import errno
 
 from attrs import frozen
 
 from ipe_emu.cli.files import name_of, read_bounded
 from ipe_emu.cli.options import POLICY_LIMIT, has_keys, keyrings_of
+from ipe_emu.errors import KernelError
 from ipe_emu.policy.parse import check_name, parse_policy
 from ipe_emu.policy.rule import Policy
 from ipe_emu.profiles import Profile
@@ -52,9 +54,12 @@ def read_source(path: str, args: argparse.Namespace, profile: Profile) -> Source
 
 
 def _open_signed(data: bytes, args: argparse.Namespace, profile: Profile) -> tuple[bytes, str]:
-    from ipe_emu.pkcs7 import read_content, verify_pkcs7_signature  # cryptography is slow to import
+    from ipe_emu.pkcs7 import parse_signed_data, verify_pkcs7_signature  # cryptography is slow to import
 
     if not has_keys(args):
-        return read_content(data), "not verified"
+        content = parse_signed_data(data, profile.unavailable_hashes).content
+        if content is None:
+            raise KernelError(errno.ENODATA, "there is no content in the signed message", "pkcs7_get_content_data")
+        return content, "not verified"
     keyrings = keyrings_of(args, profile)
     return verify_pkcs7_signature(data, keyrings, unavailable_hashes=profile.unavailable_hashes), "verified"
