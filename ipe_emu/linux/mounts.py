@@ -46,16 +46,18 @@ def make_private() -> None:
     syscalls.call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
 
 
-def clone(path: bytes, *, recursive: bool) -> int:
+def clone(path: Path, *, recursive: bool) -> int:
     """Return a detached copy of the mount at ``path``, and with ``recursive`` of those below it, as a descriptor.
 
     Where a more privileged user namespace made the mounts below, they hide what lies under them and only a recursive
     copy is allowed (EINVAL, ``has_locked_children()``).
     """
-    return syscalls.call("open_tree", AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE * recursive)
+    return syscalls.call(
+        "open_tree", AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE * recursive
+    )
 
 
-def attach(mount: int, path: bytes) -> None:
+def attach(mount: int, path: Path) -> None:
     """Mount a detached mount on ``path``, following symlinks."""
     target = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -65,7 +67,7 @@ def attach(mount: int, path: bytes) -> None:
 
 
 def set_attributes(
-    mount: int | bytes,
+    mount: int | Path,
     attributes: Attribute,
     *,
     clear: Attribute = Attribute.NONE,
@@ -76,7 +78,7 @@ def set_attributes(
 
     ``user_namespace`` is the descriptor that Attribute.IDMAP wants.
     """
-    at, path = (mount, b"") if isinstance(mount, int) else (AT_FDCWD, mount)
+    at, path = (mount, b"") if isinstance(mount, int) else (AT_FDCWD, os.fsencode(mount))
     packed = _MOUNT_ATTR.pack(attributes, clear, 0, user_namespace)
     syscalls.call("mount_setattr", at, path, AT_EMPTY_PATH | AT_RECURSIVE * recursive, packed, len(packed))
 
@@ -108,7 +110,7 @@ def _messages(context: int) -> Iterator[str]:
             yield message.decode(errors="replace")[2:].strip()
 
 
-def pivot_root_into(directory: bytes) -> None:
+def pivot_root_into(directory: Path) -> None:
     """Make the mount at ``directory`` the root of this mount namespace, and let go of the old root."""
     os.chdir(directory)
     # The old root is stacked on the new one and then taken off: no directory is needed to put it in.
@@ -149,12 +151,12 @@ def _unescape(field: bytes) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field)
 
 
-def mount_at(path: bytes, pid: int | str = "self") -> MountInfo:
+def mount_at(path: Path | bytes, pid: int | str = "self") -> MountInfo:
     """Return the mount whose root is at ``path`` (the topmost one). FileNotFoundError if none is.
 
     Reads mountinfo only: the file system itself is not asked, and may be one that nobody serves yet.
     """
     for mount in reversed(mounts(pid)):
-        if mount.path == path:
+        if mount.path == os.fsencode(path):
             return mount
-    raise FileNotFoundError(errno.ENOENT, "nothing is mounted there", path)
+    raise FileNotFoundError(errno.ENOENT, "nothing is mounted there", os.fsdecode(path))

@@ -1,0 +1,68 @@
+"""H, the agent: a single-threaded process that makes the namespaces and mounts of a sandbox, and forks its PID 1.
+
+It is forked by the supervisor before that has threads or has imported what starts them, which saves the 20 ms of a
+fresh interpreter; setns(2) and unshare(2) of a user namespace are refused to processes with threads.
+"""
+
+import os
+import signal
+from typing import NoReturn
+
+from ipe_emu.exec_hook import init
+from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS, Blueprint
+from ipe_emu.exec_hook.channel import Channel
+from ipe_emu.exec_hook.mount_plan import SecurityFs
+from ipe_emu.linux import namespaces, process
+from ipe_emu.linux.namespaces import Namespace
+
+
+def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
+    """Be the agent, until the sandbox has ended. A failure is reported as the message ``failed``."""
+    try:
+        process.die_with_parent()
+        if os.getppid() != supervisor:
+            os._exit(1)  # it died before that took effect
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        process.set_name(b"ipe-emu agent")
+        pid_1 = _build(channel, blueprint)
+        channel.close()
+        process.close_from(0)
+        os.waitpid(pid_1, 0)
+    except OSError as error:
+        channel.report_failure(error)
+    finally:
+        os._exit(0)
+
+
+def _build(channel: Channel, blueprint: Blueprint) -> int:
+    # By path only: a descriptor that works must be opened inside the new user namespace (``fuse_fill_super()``), and
+    # there /dev may be another one.
+    device = os.open("/dev/fuse", os.O_PATH | os.O_CLOEXEC) if blueprint.own_securityfs else -1
+    namespaces.unshare(Namespace.MOUNT)
+    for step in blueprint.steps:
+        step.execute()
+    # What was mounted up to here belongs to the outer user namespace, and is locked in the copy that is made now.
+    namespaces.unshare(Namespace.USER | Namespace.MOUNT)
+    channel.ask("unshared")
+    if blueprint.own_securityfs:
+        # Still with the ids from outside, which may open it: those of the new namespace begin below.
+        fuse = os.open(f"/proc/self/fd/{device}", os.O_RDWR | os.O_CLOEXEC)
+        os.close(device)
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    process.die_with_parent()
+    # The tree has the same ids, and root's power in the same user namespace.
+    process.set_dumpable(False)
+    if blueprint.own_securityfs:
+        # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
+        SecurityFs(fuse).execute()
+        channel.send("fuse", fds=[fuse])
+        os.close(fuse)
+    namespaces.unshare(Namespace.PID)
+    agent = os.pidfd_open(os.getpid())
+    pid_1 = os.fork()
+    if pid_1 == 0:
+        init.main(channel, agent, blueprint)
+    return pid_1

@@ -1,0 +1,76 @@
+"""All that a sandbox is made from, known before its first process starts."""
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.exec_hook.mount_plan import Proc, SecurityFs, Step
+from ipe_emu.linux.seccomp import Rule
+
+#: What a terminal sends to everybody in the foreground, and what is sent to stop a program: the command decides what
+#: becomes of it, and the processes of the sandbox end when the command has. Python ignores SIGPIPE and SIGXFSZ.
+IGNORED_SIGNALS: Final = (
+    signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+    signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGXFSZ,
+)  # fmt: skip
+
+
+@frozen
+class Command:
+    """What to run, and what it is to find: its environment, its working directory, its signals."""
+
+    arguments: Sequence[bytes]
+    environment: Mapping[bytes, bytes]
+    directory: Path
+    ignored: frozenset[signal.Signals]
+    blocked: frozenset[signal.Signals]
+
+    @classmethod
+    def inherited(cls, arguments: Sequence[str]) -> "Command":
+        """Return the command with what this process was started with.
+
+        Whether SIGPIPE and SIGXFSZ were ignored cannot be known, for Python ignores them in any case: they are not.
+        """
+        return cls(
+            arguments=tuple(map(os.fsencode, arguments)),
+            environment=dict(os.environb),
+            directory=Path.cwd(),
+            ignored=frozenset(
+                number
+                for number in IGNORED_SIGNALS
+                if number not in (signal.SIGPIPE, signal.SIGXFSZ) and signal.getsignal(number) is signal.SIG_IGN
+            ),
+            blocked=frozenset(signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        )
+
+
+@frozen
+class Blueprint:
+    """The sandbox: mounts (see `mount_plan`), what to run in it, and which system calls are to be judged.
+
+    ``own_securityfs`` is false where ``steps`` show one that is served elsewhere. ``located`` are the paths whose
+    mounts are to be told to the supervisor.
+    """
+
+    steps: Sequence[Step]
+    own_securityfs: bool
+    read_only_controls: bool
+    located: Sequence[Path]
+    rules: Sequence[Rule]
+    command: Command
+
+    @property
+    def proc(self) -> Proc:
+        """The last step, which PID 1 takes: it needs the new pid namespace."""
+        return Proc(self.read_only_controls)
+
+    def describe(self) -> list[str]:
+        """Return what will be done to the mount namespace, in words and in order."""
+        steps: list[Step] = [*self.steps]
+        if self.own_securityfs:
+            steps.append(SecurityFs(-1))
+        return [step.describe() for step in (*steps, self.proc)]
