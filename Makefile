@@ -18,10 +18,10 @@ lint: setup ## ruff and mypy alone
 	@scripts/lint
 
 bench: setup ## measure the targets, side by side in one run
-	@.venv/bin/python scripts/bench
+	@.venv/bin/python scripts/bench.py
 
 soak: setup ## the long loops: mounts, kills and writers for minutes
-	@.venv/bin/python scripts/soak
+	@.venv/bin/python scripts/soak.py
 
 clean: ## remove .venv/ and every cache
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis ipe_emu.egg-info
