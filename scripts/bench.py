@@ -1,0 +1,238 @@
+"""Measure the targets, side by side in one run, and print a table; a measurement, never a test.
+
+What can be compared is measured in turns with what it is compared to, so that a busy machine slows both. Each figure
+is the median of its rounds.
+"""
+
+import itertools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from attrs import frozen
+from rich.console import Console
+from rich.table import Table
+
+from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.keyring import Keyrings, load_certificates
+from ipe_emu.pkcs7 import verify_pkcs7_signature
+from ipe_emu.pkcs7.keys import new_test_key
+from ipe_emu.pkcs7.sign import sign_policy
+from ipe_emu.policy.evaluate import evaluate
+from ipe_emu.policy.index import RuleIndex
+from ipe_emu.policy.parse import parse_policy
+from ipe_emu.policy.rule import Action, Operation
+
+HERE = Path(__file__).parent
+EMU = Path(sys.executable).parent / "ipe-emu"
+SIGNED_RULES = 600  # what fits in a signed policy
+MANY_RULES = 38_000  # what fits in 4 MiB
+LOOP = 500
+
+
+@frozen
+class Row:
+    """One line of the table."""
+
+    what: str
+    measured: str
+    target: str
+    met: bool
+
+
+def median(rounds: int, measure: Callable[[], float]) -> float:
+    """The median of some measurements, in whatever unit they have."""
+    return statistics.median(measure() for _ in range(rounds))
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def policy_text(rules: int) -> bytes:
+    """A policy of digest rules. With SHA-224 as many fit into the limits as the targets say."""
+    lines = [b"policy_name=bench policy_version=1.0.0", b"DEFAULT action=DENY"]
+    lines += [b"op=EXECUTE dmverity_roothash=sha224:%056x action=ALLOW" % number for number in range(rules)]
+    return b"\n".join(lines) + b"\n"
+
+
+def decisions() -> Iterator[Row]:
+    """One decision, by the last rule of policies of three sizes."""
+    turns = 20_000
+
+    def decide(index: RuleIndex, facts: Facts) -> float:
+        start = time.perf_counter()
+        for _ in range(turns):
+            evaluate(index, Operation.EXECUTE, facts)
+        return (time.perf_counter() - start) / turns * 1e6
+
+    for rules in (1, SIGNED_RULES, MANY_RULES):
+        index = RuleIndex(parse_policy(policy_text(rules)))
+        facts = Facts(dmverity_roothash=Digest("sha224", (rules - 1).to_bytes(28)))
+        if evaluate(index, Operation.EXECUTE, facts).action is not Action.ALLOW:
+            raise SystemExit("the last rule did not decide: nothing was measured")
+        micros = median(9, partial(decide, index, facts))
+        yield Row(f"a decision, {rules:,} rules", f"{micros:.2f} µs", "5 µs", micros <= 5)
+
+
+def parsing() -> Iterator[Row]:
+    """A policy of the largest size."""
+    text = policy_text(MANY_RULES)
+    millis = median(5, lambda: seconds(lambda: parse_policy(text)) * 1e3)
+    yield Row(f"parsing {MANY_RULES:,} rules", f"{millis:.0f} ms", "200 ms", millis <= 200)
+
+
+def verification(place: Path) -> Iterator[Row]:
+    """A policy signed with RSA-2048, as large as it may be."""
+    key, certificate = new_test_key("bench", kind="rsa2048")
+    (place / "bench.pem").write_bytes(certificate)
+    keyrings = Keyrings(builtin=load_certificates([place / "bench.pem"]))
+    signed = sign_policy(policy_text(SIGNED_RULES), key, certificate)
+    millis = median(200, lambda: seconds(lambda: verify_pkcs7_signature(signed, keyrings)) * 1e3)
+    yield Row(f"verifying an RSA-2048 policy of {len(signed):,} bytes", f"{millis:.2f} ms", "0.5 ms", millis <= 0.5)
+
+
+@contextmanager
+def nothing_mounted(place: Path) -> Iterator[Path]:
+    """A pyfuse3 file system that does nothing, to compare with."""
+    target = place / "nothing"
+    target.mkdir()
+    server = subprocess.Popen([sys.executable, HERE / "nothing_fs.py", target], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    try:
+        if server.stdout.readline() != b"ready\n":
+            raise SystemExit("the file system to compare with could not be mounted")
+        yield target / "enforce"
+    finally:
+        subprocess.run(["fusermount3", "-u", target], check=False)
+        server.wait(timeout=10)
+        server.stdout.close()
+
+
+@contextmanager
+def emulator_mounted(place: Path) -> Iterator[Path]:
+    """A mounted emulator."""
+    target = place / "mounted"
+    target.mkdir()
+    subprocess.run([EMU, "mount", target], check=True, stderr=subprocess.DEVNULL)
+    try:
+        yield target / "ipe" / "enforce"
+    finally:
+        subprocess.run([EMU, "umount", target], check=True, stderr=subprocess.DEVNULL)
+
+
+def nodes(place: Path) -> Iterator[Row]:
+    """Reading and writing ``enforce``, open and close included, in turns with the file system that does nothing."""
+
+    def read(path: Path) -> None:
+        for _ in range(200):
+            fd = os.open(path, os.O_RDONLY)
+            os.read(fd, 64)
+            os.close(fd)
+
+    def write(path: Path) -> None:
+        for _ in range(200):
+            fd = os.open(path, os.O_WRONLY)
+            os.write(fd, b"1")
+            os.close(fd)
+
+    with nothing_mounted(place) as nothing, emulator_mounted(place) as emulated:
+        for name, action in (("reading", read), ("writing", write)):
+            pairs = [(seconds(partial(action, emulated)), seconds(partial(action, nothing))) for _ in range(15)]
+            ours, theirs = (statistics.median(side) / 200 * 1e6 for side in zip(*pairs, strict=True))
+            ratio = ours / theirs
+            yield Row(
+                f"{name} enforce, against a file system that does nothing",
+                f"{ratio:.2f} ({ours:.0f} µs to {theirs:.0f} µs)",
+                "1.3",
+                ratio <= 1.3,
+            )
+
+
+def loops(place: Path) -> Iterator[Row]:
+    """A shell loop that executes, bare, under ``run`` and under strace; its start is not counted, only the loop."""
+    busybox = shutil.which("busybox")
+    bash = shutil.which("bash")
+    if busybox is None or bash is None:
+        yield Row("a shell loop under run", "not measured: no busybox, or no bash", "1.6", met=False)
+        return
+    script = f'a=$EPOCHREALTIME; for ((i = 0; i < {LOOP}; i++)); do {busybox} true; done; echo "$a $EPOCHREALTIME"'
+    policy = place / "loop.pol"
+    policy.write_text(
+        "policy_name=loop policy_version=1.0.0\nDEFAULT action=DENY\nop=EXECUTE boot_verified=TRUE action=ALLOW\n"
+    )
+    run: list[str | Path] = [EMU, "run", "--boot-policy", policy, "--boot-verified", "/usr", "--"]
+    strace: list[str | Path] = ["strace", "-f", "--seccomp-bpf", "-e", "trace=execve", "-o", "/dev/null"]
+
+    def loop(*before: "str | Path") -> float:
+        done = subprocess.run(
+            [*before, bash, "-c", script], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        start, end = map(float, done.stdout.split())
+        return end - start
+
+    prefixes: list[list[str | Path]] = [[], run]
+    if shutil.which("strace"):
+        prefixes.append(strace)
+    rounds = [[loop(*prefix) for prefix in prefixes] for _ in range(7)]
+    bare, ours, *traced = (statistics.median(side) for side in zip(*rounds, strict=True))
+    figures = f"{ours / bare:.2f} ({ours / LOOP * 1e6:.0f} µs to {bare / LOOP * 1e6:.0f} µs)"
+    yield Row(
+        f"a shell loop of {LOOP} `busybox true` under run, against the bare loop", figures, "1.6", ours / bare <= 1.6
+    )
+    if traced:
+        ratio = ours / traced[0]
+        yield Row("the same, against strace -f --seccomp-bpf", f"{ratio:.2f}", "1", ratio <= 1)
+    else:
+        yield Row("the same, against strace -f --seccomp-bpf", "not measured: no strace here", "1", met=False)
+
+
+def starts(place: Path) -> Iterator[Row]:
+    """From nothing to a result, in a process of its own."""
+    policy = place / "small.pol"
+    policy.write_bytes(policy_text(5))
+    target = place / "start"
+    target.mkdir()
+
+    def started(*arguments: "str | Path") -> float:
+        return seconds(lambda: subprocess.run([EMU, *arguments], check=True, capture_output=True)) * 1e3
+
+    def mounted() -> float:
+        millis = started("mount", target)
+        subprocess.run([EMU, "umount", target], check=True, capture_output=True)
+        return millis
+
+    for what, measure, target_ms in (
+        ("policy check, from a cold start", lambda: started("policy", "check", policy), 120),
+        ("mount, until it is ready", mounted, 350),
+        ("run -- true", lambda: started("run", "--", "true"), 350),
+    ):
+        millis = median(15, measure)
+        yield Row(what, f"{millis:.0f} ms", f"{target_ms} ms", millis <= target_ms)
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    console = Console()
+    table = Table("what", "measured (median)", "target", "", title="ipe-emu, measured in one run on this machine")
+    with tempfile.TemporaryDirectory(prefix="ipe-bench.") as name, console.status("measuring…"):
+        place = Path(name)
+        measurements = (decisions(), parsing(), verification(place), nodes(place), loops(place), starts(place))
+        for row in itertools.chain(*measurements):
+            table.add_row(row.what, row.measured, row.target, "met" if row.met else "MISSED")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
