@@ -11,7 +11,7 @@ from typing import NoReturn
 from ipe_emu.exec_hook import init
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS, Blueprint
 from ipe_emu.exec_hook.channel import Channel
-from ipe_emu.exec_hook.mount_plan import SecurityFs
+from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs
 from ipe_emu.linux import namespaces, process
 from ipe_emu.linux.namespaces import Namespace
 
@@ -37,29 +37,28 @@ def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
 
 
 def _build(channel: Channel, blueprint: Blueprint) -> int:
-    # By path only: a descriptor that works must be opened inside the new user namespace (``fuse_fill_super()``), and
-    # there /dev may be another one.
-    device = os.open("/dev/fuse", os.O_PATH | os.O_CLOEXEC) if blueprint.own_securityfs else -1
+    if blueprint.own_securityfs:
+        # Before the plan, which may cover /dev. Opened and mounted in the supervisor's user namespace
+        # (``fuse_fill_super()`` wants both in the same), for who is outside the mount's may not even stat its files.
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     namespaces.unshare(Namespace.MOUNT)
     for step in blueprint.steps:
         step.execute()
+    if blueprint.own_securityfs:
+        # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
+        SecurityFs(fuse).execute()
+        root = os.open(SECURITYFS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        channel.send("fuse", fds=[fuse, root])
+        os.close(fuse)
+        os.close(root)
     # What was mounted up to here belongs to the outer user namespace, and is locked in the copy that is made now.
     namespaces.unshare(Namespace.USER | Namespace.MOUNT)
     channel.ask("unshared")
-    if blueprint.own_securityfs:
-        # Still with the ids from outside, which may open it: those of the new namespace begin below.
-        fuse = os.open(f"/proc/self/fd/{device}", os.O_RDWR | os.O_CLOEXEC)
-        os.close(device)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     process.die_with_parent()
     # The tree has the same ids, and root's power in the same user namespace.
     process.set_dumpable(False)
-    if blueprint.own_securityfs:
-        # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
-        SecurityFs(fuse).execute()
-        channel.send("fuse", fds=[fuse])
-        os.close(fuse)
     namespaces.unshare(Namespace.PID)
     agent = os.pidfd_open(os.getpid())
     pid_1 = os.fork()

@@ -91,7 +91,7 @@ class Conceal:
 
     def execute(self) -> None:
         """Do it."""
-        _attach_new(b"tmpfs", {b"mode": b"0"}, Attribute.RDONLY, self.path)
+        _attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"0"}, Attribute.RDONLY, self.path)
 
 
 @frozen
@@ -134,7 +134,12 @@ class MakeDirectory:
         """Do it."""
         covered = self._existing()
         kept = [_Kept.of(entry) for entry in sorted(covered.iterdir())]
-        _attach_new(b"tmpfs", {b"mode": b"755"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, covered)
+        _attach_new(
+            b"tmpfs",
+            {b"source": b"ipe-emu", b"mode": b"755"},
+            Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC,
+            covered,
+        )
         for entry in kept:
             entry.restore()
         self.path.mkdir(mode=0o755, parents=True)
@@ -172,7 +177,7 @@ class HarmlessDevices:
         names = [*_DEVICES, *_DEVICE_DIRECTORIES]
         kept = [_Kept.of(_DEV / name) for name in names if (_DEV / name).exists()]
         mounts.set_attributes(Path("/"), Attribute.NODEV, recursive=True)
-        _attach_new(b"tmpfs", {b"mode": b"755"}, Attribute.NOSUID | Attribute.NOEXEC, _DEV)
+        _attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"755"}, Attribute.NOSUID | Attribute.NOEXEC, _DEV)
         for entry in kept:
             entry.restore()
         for name, target in _DEVICE_LINKS.items():
@@ -193,7 +198,7 @@ class Proc:
     def execute(self) -> None:
         """Do it."""
         try:
-            _attach_new(b"proc", {}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, _PROC)
+            _attach_new(b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, _PROC)
         except PermissionError as error:
             # The answer of the kernel's mount_too_revealing().
             why = "something covers parts of this machine's /proc, as container engines do"

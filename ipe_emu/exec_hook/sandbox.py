@@ -1,0 +1,185 @@
+"""The supervisor's side of a sandbox: starting it step by step, waiting for its command, passing signals on."""
+
+import os
+import select
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from attrs import define, field, frozen
+
+from ipe_emu.errors import CannotEmulateError, IpeEmuError, NotJudgedError
+from ipe_emu.exec_hook import agent
+from ipe_emu.exec_hook.blueprint import Blueprint
+from ipe_emu.exec_hook.channel import Channel, Message
+from ipe_emu.linux import namespaces, process
+from ipe_emu.linux.namespaces import IdMap
+from ipe_emu.linux.process import SignalDescriptor, SignalInfo
+
+#: Sent to the supervisor alone, they are meant for the command.
+_PASSED_ON: Final = frozenset({
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP,
+})  # fmt: skip
+#: A stopped job continues: the command may be in another process group than the one that was continued.
+_ALWAYS_PASSED_ON: Final = frozenset({signal.SIGCONT})
+#: The terminal stops everybody in the foreground; the supervisor stops when it hears that the command has.
+_SWALLOWED: Final = frozenset({signal.SIGTTIN, signal.SIGTTOU})
+_BLOCKED: Final = _PASSED_ON | _ALWAYS_PASSED_ON | _SWALLOWED
+#: Before there is a command, these end everything.
+_INTERRUPTING: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+
+
+class SignalledError(IpeEmuError):
+    """A signal came before the command was started; ``status`` is what a shell would report."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.status = 128 + number
+
+
+@frozen
+class Surroundings:
+    """What the sandbox looks like from inside.
+
+    ``mounts`` are the mount ids of the blueprint's located paths, in order; ``user_namespace`` is the inode number
+    that identifies it; ``securityfs_device`` is the st_dev of the emulated securityfs.
+    """
+
+    mounts: tuple[int, ...]
+    user_namespace: int
+    securityfs_device: int
+
+
+@define(eq=False)
+class Sandbox:
+    """A sandbox while it lives; leaving the context ends it, and everything in it.
+
+    The calls come in this order: ``fuse`` if the blueprint has a securityfs of its own, ``map_ids``,
+    ``surroundings``, ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
+    kernel refuses something: nothing of the command has run then.
+    """
+
+    _blueprint: Blueprint
+    _ids: IdMap
+    _channel: Channel = field(init=False)
+    _agent: int = field(init=False)
+    _agent_ended: int = field(init=False)
+    _signals: SignalDescriptor = field(init=False)
+    _command: int | None = field(default=None, init=False)
+    _for_command: list[signal.Signals] = field(factory=list, init=False)
+
+    def __enter__(self) -> Self:
+        """Fork the agent. This process must not have threads yet."""
+        self._channel, theirs = Channel.pair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        self._signals = SignalDescriptor(_BLOCKED)
+        supervisor = os.getpid()
+        self._agent = os.fork()
+        if self._agent == 0:
+            self._channel.close()
+            agent.main(theirs, supervisor, self._blueprint)
+        theirs.close()
+        self._agent_ended = os.pidfd_open(self._agent)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Kill what still lives, wait until it is gone, and let signals through again."""
+        self.kill()
+        os.waitpid(self._agent, 0)
+        self._channel.close()
+        self._signals.close()
+        os.close(self._agent_ended)
+        if self._command is not None:
+            os.close(self._command)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blueprint.command.blocked)
+
+    def kill(self) -> None:
+        """Kill the agent, and with it the sandbox; from any thread."""
+        # Through the pidfd: the number may belong to another process once this one was waited for.
+        process.send_signal(self._agent_ended, signal.SIGKILL)
+
+    def fuse(self) -> tuple[int, int]:
+        """Wait for the securityfs; return the FUSE descriptor to serve, and an O_PATH one of the mount's root."""
+        fuse, root = self._expect("fuse").fds
+        return fuse, root
+
+    def map_ids(self) -> None:
+        """Wait for the user namespace, and give it its ids."""
+        self._expect("unshared")
+        try:
+            namespaces.write_maps(self._agent, self._ids)
+        except OSError as error:
+            raise CannotEmulateError(f"the ids of a user namespace cannot be mapped: {error.strerror}") from None
+        self._channel.send("mapped")
+
+    def surroundings(self) -> Surroundings:
+        """Wait until everything is mounted."""
+        values = self._expect("ready").values
+        return Surroundings(tuple(values["mounts"]), values["user_namespace"], values["securityfs"])
+
+    def listener(self) -> int:
+        """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""
+        self._channel.send("filter")
+        return self._expect("listener").fds[0]
+
+    def wait(self) -> int:
+        """Start the command, wait for its end and return its status as a shell reports it: 128 + N for signal N.
+
+        Passes signals on meanwhile, and stops this process when the command stops. NotJudgedError if the sandbox dies
+        under the command.
+        """
+        self._channel.send("start")
+        while True:
+            message = self._next(self._pass_on)
+            match message.kind:
+                case "command":
+                    self._command = message.fds[0]
+                    for number in self._for_command:
+                        process.send_signal(self._command, number)
+                case "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "ended":
+                    status = message.values["status"]
+                    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                case _:
+                    raise NotJudgedError(f"the sandbox failed: {message.values.get('why', message.kind)}")
+
+    def _expect(self, kind: str) -> Message:
+        message = self._next(self._interrupt)
+        if message.kind != kind:
+            raise CannotEmulateError(f"the sandbox cannot be made: {message.values.get('why', message.kind)}")
+        return message
+
+    def _next(self, on_signal: Callable[[SignalInfo], None]) -> Message:
+        poll = select.poll()
+        for fd in (self._channel.fileno(), self._signals.fd, self._agent_ended):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._signals.fd in ready:
+                for received in self._signals.pending():
+                    on_signal(received)
+            if self._channel.fileno() in ready:
+                message = self._channel.receive()
+                if message is not None:
+                    return message
+                raise NotJudgedError("the sandbox died: something killed its first process")
+            if self._agent_ended in ready:
+                raise NotJudgedError("the sandbox died: something killed its agent")
+
+    def _interrupt(self, received: SignalInfo) -> None:
+        if received.signal in _INTERRUPTING:
+            raise SignalledError(received.signal)
+
+    def _pass_on(self, received: SignalInfo) -> None:
+        if received.signal in _PASSED_ON and received.from_kernel:
+            return  # a terminal sends it to the command as well
+        if received.signal in _SWALLOWED:
+            return
+        if self._command is None:
+            self._for_command.append(received.signal)
+        else:
+            process.send_signal(self._command, received.signal)

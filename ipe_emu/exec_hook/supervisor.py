@@ -1,0 +1,119 @@
+"""The two threads that answer the rehearsed tree: one for the filter's notifications, one for the securityfs.
+
+They are apart because answering a notification resolves paths, which may go through the securityfs.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ipe_emu.exec_hook.hook import ExecHook
+from ipe_emu.exec_hook.report import Report
+from ipe_emu.exec_hook.sandbox import Surroundings
+from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.linux.seccomp import Listener
+from ipe_emu.lsm import Ipe
+
+if TYPE_CHECKING:
+    from ipe_securityfs.mount import Session
+
+#: How long a thread may keep the interpreter to itself (seconds; Python's default is 5 ms). While one thread is at
+#: work, a system call waits this long for the other one's answer.
+_SWITCH_INTERVAL = 0.0002
+#: How long the securityfs may take to end once its last user is gone, in seconds.
+_TIME_TO_END = 10.0
+
+
+class _Thread:
+    """A thread whose failure ends the rehearsal: it is reported, and ``on_failure`` called."""
+
+    def __init__(self, name: str, work: Callable[[], None], report: Report, on_failure: Callable[[], None]) -> None:
+        self._name = name
+        self._work = work
+        self._report = report
+        self._on_failure = on_failure
+        # A daemon: it must not keep a supervisor alive that has to give up.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # whatever it is: without this thread the tree would hang
+            self._report.failed(f"{self._name}: {type(error).__name__}: {error}")
+            self._on_failure()
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join(_TIME_TO_END)
+        if self._thread.is_alive():
+            self._report.failed(f"{self._name}: does not end")
+
+
+class Notifications(_Thread):
+    """Answers the filter's notifications until no process is left under it."""
+
+    def __init__(self, hook: ExecHook, listener: Listener, report: Report, on_failure: Callable[[], None]) -> None:
+        self._hook = hook
+        self._listener = listener
+        super().__init__("answering system calls", self._answer, report, on_failure)
+
+    def _answer(self) -> None:
+        try:
+            while (notification := self._listener.receive()) is not None:
+                self._hook.answer(self._listener, notification)
+        finally:
+            self._listener.close()
+
+
+class SecurityFsServer(_Thread):
+    """Serves the emulated securityfs, which the sandbox has mounted already.
+
+    It starts with importing what that takes (150 ms), while the sandbox is being made; requests wait meanwhile.
+    """
+
+    def __init__(self, report: Report, on_failure: Callable[[], None]) -> None:
+        self._told = threading.Event()
+        self._wanted: Callable[[], Session] | None = None
+        self._session: Session | None = None
+        super().__init__("serving the securityfs", self._serve, report, on_failure)
+
+    def serve(self, fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> None:
+        """Tell what to serve, and where (`Sandbox.fuse`)."""
+        self._wanted = functools.partial(_session, fuse, ipe, facts, surroundings)
+        self._told.set()
+
+    def stop(self) -> None:
+        """Have it end, if it has begun or will."""
+        self._told.set()
+        if self._session is not None:
+            self._session.stop()
+
+    def _serve(self) -> None:
+        import ipe_securityfs.mount  # noqa: F401, PLC0415 - the slow import, while others work
+
+        self._told.wait()
+        if self._wanted is not None:
+            self._session = self._wanted()
+            self._session.run()
+
+
+def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> "Session":
+    from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - as above
+    from ipe_securityfs.mount import Session  # noqa: PLC0415
+    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
+
+    descriptor, root = fuse
+    mounted_as = MountedAs(
+        Credentials(frozenset({surroundings.user_namespace})),
+        facts,
+        removable_at=f"/proc/self/fd/{root}",
+        device=surroundings.securityfs_device,
+    )
+    return Session(ipe, f"/dev/fd/{descriptor}", mounted_as)
