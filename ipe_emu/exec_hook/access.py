@@ -1,0 +1,53 @@
+"""Whether a caller may search a directory or execute a file, as far as mode bits say so for certain.
+
+The kernel of this machine checks permissions itself when it carries a call out. They are looked at here only so that
+a call that fails by them raises no event before. What is uncertain (ACLs, ids without a mapping) counts as permitted.
+"""
+
+import os
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.linux.tracee import Status
+
+_CAP_DAC_OVERRIDE: Final = 1
+_ACL: Final = "system.posix_acl_access"
+# What the kernel shows for an id that has no mapping in the reader's user namespace (overflowuid).
+_OVERFLOW_ID: Final = 65534
+
+
+@frozen
+class Access:
+    """The ids by which the kernel judges a caller's access to files; ``override`` where mode bits do not bind it."""
+
+    override: bool
+    fsuid: int = 0
+    fsgid: int = 0
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, status: Status) -> "Access":
+        """Take them from a caller's status. A capability of a nested user namespace counts here as well."""
+        return cls(status.capable(_CAP_DAC_OVERRIDE), status.fsuid, status.fsgid, status.groups)
+
+    def forbids_execution(self, st: os.stat_result, fd: int) -> bool:
+        """Whether the mode bits of ``fd``, an O_PATH descriptor with status ``st``, certainly forbid to execute it.
+
+        For a directory: to search it. A caller with ``override`` is not looked at (kernel: ``generic_permission()``).
+        """
+        if self.override or _OVERFLOW_ID in (self.fsuid, st.st_uid, st.st_gid):
+            return False
+        if st.st_uid == self.fsuid:
+            bit = 0o100
+        elif st.st_gid == self.fsgid or st.st_gid in self.groups:
+            bit = 0o010
+        else:
+            bit = 0o001
+        if st.st_mode & bit:
+            return False
+        try:
+            os.getxattr(f"/proc/self/fd/{fd}", _ACL)
+        except OSError:
+            return True
+        return False

@@ -1,0 +1,143 @@
+"""The thread behind one notification, as its handler sees it: who it is, and the files it names."""
+
+import os
+from types import TracebackType
+from typing import Self
+
+from attrs import evolve
+
+from ipe_emu.errors import NotJudgedError
+from ipe_emu.event import File, Subject
+from ipe_emu.exec_hook.access import Access
+from ipe_emu.exec_hook.mounts import Mounts
+from ipe_emu.exec_hook.resolve import look_up
+from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.linux.tracee import Mapping, Tracee
+
+# d_path() appends this to the name of a file without a directory entry.
+_DELETED = b" (deleted)"
+
+
+class Caller:
+    """One thread that waits for an answer. Every descriptor opened for it is closed when the ``with`` block ends.
+
+    That must be before the answer: an open descriptor would make the caller's next umount(2) fail with EBUSY.
+    """
+
+    def __init__(self, pid: int, mounts: Mounts, facts: FactsSource, machine: int) -> None:
+        self.tracee = Tracee(pid)
+        self._mounts = mounts
+        self._facts = facts
+        self._machine = machine
+        self._opened: list[int] = []
+        self._subject: Subject | None = None
+        self._root: bytes | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for fd in self._opened:
+            os.close(fd)
+
+    # -- who ----------------------------------------------------------------------------------------------------
+
+    @property
+    def subject(self) -> Subject:
+        """The process as audit records name it: its pid in its own pid namespace, and the calling thread's name."""
+        if self._subject is None:
+            self._subject = Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
+        return self._subject
+
+    def renamed(self, comm: bytes) -> Subject:
+        """Return the same process under the name that execve(2) gives it (``__set_task_comm()``: 15 bytes)."""
+        return evolve(self.subject, comm=comm[:15])
+
+    def capable(self, capability: int) -> bool:
+        """Whether the caller has a capability over the rehearsed machine: root of a nested user namespace has none."""
+        return self.tracee.status.capable(capability) and self.tracee.user_namespace() == self._machine
+
+    # -- its files ----------------------------------------------------------------------------------------------
+
+    @property
+    def access(self) -> Access:
+        """What its ids permit it."""
+        return Access.of(self.tracee.status)
+
+    def look_up(self, directory: int, path: bytes, *, follow: bool = True) -> int:
+        """Return an O_PATH descriptor of what a path names to the caller; see `resolve.look_up`."""
+        return self._keep(look_up(self.tracee, self._mounts, self.access, directory, path, follow=follow))
+
+    def descriptor(self, fd: int) -> int | None:
+        """Return an O_PATH descriptor of the caller's ``fd``, whatever it is; None if it is not open."""
+        try:
+            return self._keep(self.tracee.open_fd(fd))
+        except FileNotFoundError:
+            return None
+
+    def cwd(self) -> int:
+        """Return an O_PATH descriptor of the caller's working directory."""
+        return self._keep(self.tracee.open_cwd())
+
+    def mapping(self, mapping: Mapping) -> int:
+        """Return an O_PATH descriptor of a mapping's file. PermissionError without authority over the machine."""
+        return self._keep(self.tracee.open_mapping(mapping))
+
+    def may_use(self, fd: int) -> bool:
+        """Whether fget() takes the caller's open ``fd``: an O_PATH descriptor is none to it."""
+        return not self.tracee.flags_of_fd(fd) & os.O_PATH
+
+    def may_read(self, fd: int) -> bool:
+        """Whether the caller's open ``fd`` is open for reading (FMODE_READ)."""
+        flags = self.tracee.flags_of_fd(fd)
+        return not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
+
+    def readable(self, path_fd: int) -> int:
+        """Open one of our O_PATH descriptors of a regular file for reading. NotJudgedError where we may not."""
+        try:
+            return self._keep(os.open(b"/proc/self/fd/%d" % path_fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except PermissionError as error:
+            raise NotJudgedError(f"{_shown(path_of(path_fd))} cannot be read: {error.strerror}") from None
+
+    def file(self, fd: int) -> File:
+        """Return what IPE knows of the file behind one of our descriptors (``build_ipe_eval_ctx()``)."""
+        path = path_of(fd)
+        st = os.fstat(fd)
+        mount = self._mounts.of(self.tracee.pid, fd)
+        facts = self._facts.facts_of(
+            path, st, mount.id, lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        )
+        return File(self.below_root(path), mount.superblock, st.st_ino, facts)
+
+    def below_root(self, path: bytes) -> bytes:
+        """Name a path of the mount namespace as d_path() does for the caller, who may have changed its root."""
+        if self._root is None:
+            self._root = self.tracee.root_path().rstrip(b"/")
+        if self._root and path.startswith(self._root + b"/"):
+            return path[len(self._root) :]
+        return path
+
+    def _keep(self, fd: int) -> int:
+        self._opened.append(fd)
+        return fd
+
+
+def entry_name(fd: int) -> bytes:
+    """Return the name of the directory entry that one of our descriptors was opened by (``dentry->d_name``)."""
+    path = path_of(fd)
+    if os.fstat(fd).st_nlink == 0:
+        path = path.removesuffix(_DELETED)
+    if path.startswith(b"/memfd:"):  # no directory entry: the name may hold slashes
+        return path[1:]
+    return path.rpartition(b"/")[2]
+
+
+def path_of(fd: int) -> bytes:
+    """Return where one of our descriptors lies in its mount namespace, or what else d_path() calls it."""
+    return os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115 - bytes: names need not be UTF-8
+
+
+def _shown(path: bytes) -> str:
+    return os.fsdecode(path)

@@ -1,0 +1,99 @@
+"""Which mount and which superblock a file lies on."""
+
+import os
+import struct
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.errors import NotJudgedError
+from ipe_emu.linux import procfs, syscalls
+
+# struct statx: stx_mask comes first, stx_mnt_id at 144.
+_STATX_SIZE: Final = 256
+_STATX_MNT_ID: Final = 0x1000
+_STATX_MNT_ID_UNIQUE: Final = 0x4000
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_MASK: Final = struct.Struct("=I")
+_MOUNT_ID: Final = struct.Struct("=Q")
+_MOUNT_ID_OFFSET: Final = 144
+
+# What procfs.superblock_name() says of a mount that is not there.
+_UNKNOWN: Final = "?"
+# Files on mounts that the kernel keeps to itself, by how d_path() names them; the value is the superblock's s_id.
+_KERNEL_MOUNTS: Final = (
+    (b"/memfd:", "tmpfs"),
+    (b"/dev/zero (deleted)", "tmpfs"),
+    (b"/SYSV", "tmpfs"),
+    (b"/anon_hugepage (deleted)", "hugetlbfs"),
+    (b"/secretmem", "secretmem"),
+    (b"/dmabuf:", "dmabuf"),
+    (b"pipe:[", "pipefs"),
+    (b"socket:[", "sockfs"),
+    (b"anon_inode:", "anon_inodefs"),
+)
+# Files on hugetlbfs have blocks of a huge page, those of tmpfs never (2 MiB is the smallest of x86_64 and aarch64).
+_HUGE_BLOCK: Final = 2 << 20
+
+
+@frozen
+class Mount:
+    """A mount: ``id`` as in mountinfo, and its superblock's ``s_id``, as audit records name it in ``dev=``."""
+
+    id: int
+    superblock: str
+
+
+class Mounts:
+    """Mounts by the files on them. What was found is kept where the kernel gives mounts ids that are never reused."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Mount] = {}
+
+    def of(self, pid: int, fd: int) -> Mount:
+        """Return the mount that descriptor ``fd`` of ours lies on, in the mount namespace of ``pid``.
+
+        NotJudgedError for a mount that is in no namespace and is not one of the kernel's own either.
+        """
+        mask, unique = _mount_id(fd, _STATX_MNT_ID_UNIQUE)
+        if not mask & _STATX_MNT_ID_UNIQUE:  # before Linux 6.8
+            return _look_up(pid, fd)
+        mount = self._known.get(unique)
+        if mount is None:
+            mount = self._known[unique] = _look_up(pid, fd)
+        return mount
+
+
+def _look_up(pid: int, fd: int) -> Mount:
+    mask, mount_id = _mount_id(fd, _STATX_MNT_ID)
+    if not mask & _STATX_MNT_ID:
+        mount_id = procfs.mount_id("self", fd)  # before Linux 5.8
+    superblock = procfs.superblock_name(pid, mount_id)
+    if superblock == _UNKNOWN:
+        superblock = _other_mount(pid, os.fstat(fd).st_dev) or _kernel_mount(fd)
+    return Mount(mount_id, superblock)
+
+
+def _other_mount(pid: int, dev: int) -> str | None:
+    """Return the name of the superblock with a device number, by any mount of it: the file's own may be detached."""
+    device = f"{os.major(dev)}:{os.minor(dev)}".encode()
+    for process in (pid, "self"):
+        for line in procfs.read(process, "mountinfo").splitlines():
+            mount_id, _, number, *_ = line.split(b" ", 3)
+            if number == device:
+                return procfs.superblock_name(process, int(mount_id))
+    return None
+
+
+def _kernel_mount(fd: int) -> str:
+    path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115 - bytes: names need not be UTF-8
+    for beginning, superblock in _KERNEL_MOUNTS:
+        if path.startswith(beginning):
+            return "hugetlbfs" if superblock == "tmpfs" and os.fstat(fd).st_blksize >= _HUGE_BLOCK else superblock
+    raise NotJudgedError(f"{os.fsdecode(path)!r} lies on a mount that its process cannot name")
+
+
+def _mount_id(fd: int, which: int) -> tuple[int, int]:
+    buffer = syscalls.writable(_STATX_SIZE)
+    syscalls.call("statx", fd, b"", syscalls.AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, which, buffer)
+    return _MASK.unpack_from(buffer)[0], _MOUNT_ID.unpack_from(buffer, _MOUNT_ID_OFFSET)[0]

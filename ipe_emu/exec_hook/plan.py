@@ -1,0 +1,63 @@
+"""What a system call means to IPE, as a value: the events it raises, in order, and what happens if all are allowed.
+
+Handlers only look and return such a plan; `hook.ExecHook` has it judged and answers the call.
+"""
+
+from attrs import frozen
+
+from ipe_emu.errors import KernelError
+from ipe_emu.event import File, Hook, Subject
+from ipe_emu.policy.rule import Operation
+
+
+@frozen
+class Event:
+    """One question to the LSM. A denial fails the call with EACCES.
+
+    After the point of no return (``bprm->point_of_no_return``) there is nothing left that the call could return to:
+    a denial then kills the process with SIGSEGV.
+    """
+
+    operation: Operation
+    hook: Hook
+    subject: Subject
+    file: File | None
+    after_point_of_no_return: bool = False
+
+
+@frozen
+class Continue:
+    """The kernel of this machine carries the call out, and finds its own errors."""
+
+
+@frozen
+class Fail:
+    """The call fails as the emulated kernel would have it fail."""
+
+    error: KernelError
+
+
+@frozen
+class Return:
+    """The call returns ``value`` without being carried out; ``instead`` says what a kernel would have done."""
+
+    value: int
+    instead: str = ""
+
+
+@frozen
+class Refuse:
+    """The call cannot be judged, or not be done here: it fails with EPERM, and the rehearsal fails with it."""
+
+    reason: str
+
+
+Answer = Continue | Fail | Return | Refuse
+
+
+@frozen
+class Plan:
+    """The events of one call, in the kernel's order, and its answer if none of them is denied."""
+
+    answer: Answer
+    events: tuple[Event, ...] = ()
