@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Collection
 
 import pyfuse3
@@ -38,6 +39,9 @@ class Session:
             log.info("this machine's /sys/kernel/security/lsm cannot be read; lsm shows %s", names.decode())
         self.tree = Tree(ipe, lsm_list=names, owner=owner)
         self._operations = Operations(ipe, self.tree, mounted_as)
+        self._own_credentials = mounted_as.credentials
+        self._adopted: list[int] = []
+        self._lock = threading.Lock()
         self._token: trio.lowlevel.TrioToken | None = None
 
     @property
@@ -75,6 +79,25 @@ class Session:
                 token.run_sync_soon(pyfuse3.terminate, idempotent=True)
             except trio.RunFinishedError:
                 return
+
+    def adopt_user_namespace(self, namespace: int) -> Callable[[], None]:
+        """Have the capabilities of one more user namespace count, until the returned function is called."""
+        with self._lock:
+            self._adopted.append(namespace)
+            self._count_namespaces()
+
+        def let_go() -> None:
+            with self._lock:
+                self._adopted.remove(namespace)
+                self._count_namespaces()
+
+        return let_go
+
+    def _count_namespaces(self) -> None:
+        counted = evolve(
+            self._own_credentials, user_namespaces=self._own_credentials.user_namespaces | {*self._adopted}
+        )
+        self._operations.mounted_as = evolve(self._operations.mounted_as, credentials=counted)
 
     async def _serve(self, ready: Callable[[], None], stop_on: Collection[signal.Signals]) -> None:
         self._token = trio.lowlevel.current_trio_token()
