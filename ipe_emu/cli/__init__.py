@@ -59,15 +59,26 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """Set apart what stands behind ``run … --``: argparse's idea of a second ``--`` differs between Pythons."""
+    if arguments[:1] != ["run"] or "--" not in arguments:
+        return arguments, None
+    end = arguments.index("--")
+    return arguments[:end], arguments[end + 1 :]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status and lets no exception out but argparse's SystemExit."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):  # a test may have put a plain StringIO there
             stream.reconfigure(errors="backslashreplace")
+    arguments, behind = _split(arguments)
     command = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(command if command in COMMANDS else "")
     args = parser.parse_args(arguments)
+    if behind is not None:
+        args.argv = behind
     ours = exit_status.RUN_FAILED if args.command == "run" else exit_status.NOT_JUDGED
     try:
         status: int = args.run(args)

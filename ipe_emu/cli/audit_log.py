@@ -7,6 +7,7 @@ import stat
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Protocol
 
 from ipe_emu.audit import AuditRecord, format_line
@@ -42,11 +43,14 @@ class AuditLog:
                 say(f"audit record not written ({error.strerror}): {escape(line.rstrip())}")
 
 
-def open_audit_log(target: str) -> AuditLog:
+def open_audit_log(target: str | None) -> AuditLog:
     """Open ``--audit-log``: ``-`` is stderr, a listening unix socket gets a connection, anything else is a file.
 
-    A file is appended to, and made with mode 0600 if there is none. Raises UserError if it cannot be opened.
+    A file is appended to, and made with mode 0600 if there is none. Without the option records are counted and
+    followed, and kept nowhere. Raises UserError if it cannot be opened.
     """
+    if target is None:
+        return AuditLog(len)
     if target == STDERR:
         return AuditLog(lambda line: os.write(sys.stderr.fileno(), line))
     try:
@@ -57,6 +61,11 @@ def open_audit_log(target: str) -> AuditLog:
     except OSError as error:
         raise UserError(f"--audit-log {escape(target)}: {error.strerror}") from None
     return AuditLog(lambda line: os.write(fd, line))
+
+
+def audit_file(target: str | None) -> Path | None:
+    """The file that records go to, if that is where they go."""
+    return None if target in (None, STDERR) or _is_socket(target) else Path(target)
 
 
 def _is_socket(target: str) -> bool:

@@ -23,7 +23,9 @@ ipe-emu keys new signer
 ipe-emu keys new --kind ec-p256 --cn 'Test signer' keys/ec""",
     )
     new.add_argument("name", metavar="NAME", help="where to: NAME.key and NAME.pem are made")
-    new.add_argument("--kind", choices=("rsa2048", "rsa4096", "ec-p256", "ec-p384"), default="rsa2048", help="default: %(default)s")
+    new.add_argument(
+        "--kind", choices=("rsa2048", "rsa4096", "ec-p256", "ec-p384"), default="rsa2048", help="default: %(default)s"
+    )
     new.add_argument("--cn", metavar="TEXT", help="the certificate's common name (default: the last part of NAME)")
     new.add_argument("--force", action="store_true", help="overwrite what is there")
 

@@ -19,7 +19,8 @@ function close_idle() {
     if (wanted != "" && !seen) { print "     NO AUDIT RECORD AS EXPECTED: " wanted; bad++ }
     fflush(); next
 }
-/^#end$/ { close_idle(); ended = 1; next }
+/^#end$/ { close_idle(); print ""; ended = 1; next }
+/^ipe-emu: / { print; next }
 /^type=/ {
     if (!trying) { idle++; next }
     if (wanted != "" && $0 ~ wanted) seen = 1

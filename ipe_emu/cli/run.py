@@ -1,0 +1,56 @@
+"""``ipe-emu run``: a command whose every execution the emulator judges."""
+
+import argparse
+from pathlib import Path
+
+from ipe_emu.cli.audit_log import audit_file, open_audit_log
+from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of
+from ipe_emu.cli.output import announce
+from ipe_emu.cli.subparsers import Subparsers, add_command
+from ipe_emu.errors import UserError
+
+
+def add_parser(commands: Subparsers, line: str) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "run",
+        line,
+        run,
+        usage="ipe-emu run [options] -- COMMAND [ARGUMENT ...]",
+        description=(
+            "Run a command in a sandbox in which the emulated IPE judges every execution, every executable mapping and"
+            " every module, with its securityfs at /sys/kernel/security. No root is needed. This is a rehearsal and no"
+            " security boundary: a program that means to can get around it."
+        ),
+        examples="""\
+ipe-emu run --boot-policy boot.pol --boot-verified /usr -- sh -c 'cat /sys/kernel/security/ipe/policies/*/name'
+ipe-emu run --kernel linux-7.3 --boot-policy boot.pol --integrity facts.toml --fail-on-deny -- ./provision.sh
+ipe-emu run --attach ~/securityfs -- sh""",
+    )
+    parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run; options end before it")
+    parser.add_argument("--fail-on-deny", action="store_true", help="exit with 1 if anything was denied")
+    parser.add_argument("--debug", action="store_true", help="say how the sandbox is made, step by step")
+    add_lsm_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status is its own, or one of ours."""
+    if not args.argv:
+        raise UserError("which command? ipe-emu run [options] -- COMMAND [ARGUMENT ...]")
+    profile = announce(args.kernel)
+    declared = declared_of(args)
+    from ipe_emu.exec_hook.run import RunOptions
+    from ipe_emu.exec_hook.run import run as run_command
+
+    emit = open_audit_log(args.audit_log)
+    return run_command(
+        RunOptions(
+            command=args.argv,
+            make_ipe=lambda: build_ipe(args, profile, emit),
+            declared=declared,
+            audit_log=audit_file(args.audit_log),
+            fail_on_deny=args.fail_on_deny,
+            debug=args.debug,
+        )
+    )
