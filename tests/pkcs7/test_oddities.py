@@ -203,3 +203,50 @@ def test_malformed_authority_key_identifiers(akid: bytes) -> None:
 def test_the_description_is_the_one_in_proc_keys() -> None:
     (trusted, *_) = BUILTIN
     assert trusted.description == trusted.subject_text + b": " + (trusted.skid or b"").hex().encode()
+
+
+ATTRIBUTE = seq(oid("1.2.3.4"), tlv(0x31, tlv(4)))
+LONG_NAME = seq(*[tlv(0x31, seq(oid("2.5.4.3"), tlv(12)))] * 3500)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("blob", "expected"),
+    [
+        pytest.param(signed_data(*[signer_info(EC, TEXT)] * 300, content=TEXT), TEXT, id="signers"),
+        pytest.param(
+            signed_data(*[signer_info(TRUSTED, TEXT)] * 140, content=TEXT, certificates=TRUSTED.der),
+            TEXT,
+            id="signers_with_a_certificate",
+        ),
+        pytest.param(
+            signed_data(signer_info(TRUSTED, TEXT), content=TEXT, certificates=EC.der * 150), TEXT, id="certificates"
+        ),
+        pytest.param(
+            signed_data(
+                seq(tlv(2, b"\1"), TRUSTED.sid, SHA256, tlv(0xA0, *[ATTRIBUTE] * 4500), TRUSTED.algorithm, tlv(4)),
+                content=TEXT,
+            ),
+            "EBADMSG",
+            id="attributes",
+        ),
+        pytest.param(
+            signed_data(signer_info(TRUSTED, TEXT, sid=seq(LONG_NAME, tlv(2, b"\1"))), content=TEXT),
+            "ENOKEY",
+            id="name",
+        ),
+        pytest.param(
+            wrap(
+                tlv(2, b"\1"),
+                tlv(0x31, SHA256),
+                seq(DATA, tlv(0xA0, b"\x30\x80" * 15000 + bytes(30000))),
+                tlv(0x31, signer_info(TRUSTED, TEXT)),
+            ),
+            "EKEYREJECTED",
+            id="nesting",
+        ),
+    ],
+)
+def test_much_of_anything_takes_no_time(blob: bytes, expected: bytes | str) -> None:
+    assert len(blob) > 35000
+    assert answer(blob, PLAIN) == expected
