@@ -23,7 +23,7 @@ from ipe_securityfs.mount import Session
 from ipe_securityfs.operations import MountedAs
 from ipe_securityfs.service import AuditTap, Service
 from ipe_securityfs.tree import Owner
-from ipe_securityfs.unmount import FILE_SYSTEM, detach_dead, mount_on
+from ipe_securityfs.unmount import FILE_SYSTEM, detach_dead, mount_on, wait_for_helper
 
 _HOST_SECURITYFS: Final = "/sys/kernel/security"
 _STOP_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -96,6 +96,7 @@ def mount_in_foreground(ipe: Ipe, facts: FactsSource, options: MountOptions, rea
     directory = make_runtime_directory()
     key = key_of(mountpoint)
     with held_lock(directory / f"{key}.lock"):
+        wait_for_helper(mountpoint)
         detach_dead(mountpoint)
         _check_directory(mountpoint)
         _serve(ipe, facts, options, _Place(mountpoint, directory / f"{key}.sock", None), ready)
@@ -136,6 +137,7 @@ def _daemon(ipe: Ipe, facts: FactsSource, options: MountOptions, writable: int) 
             directory = make_runtime_directory()
             key = key_of(mountpoint)
             with held_lock(directory / f"{key}.lock"):
+                wait_for_helper(mountpoint)
                 detach_dead(mountpoint)
                 _check_directory(mountpoint)
                 log = directory / f"{key}.log"

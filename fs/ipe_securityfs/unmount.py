@@ -7,11 +7,11 @@ import time
 from typing import Final
 
 from ipe_emu.errors import UserError
-from ipe_emu.linux import mounts, syscalls
+from ipe_emu.linux import mounts, procfs, syscalls
 
 #: What /proc/mounts shows as the type of ours.
 FILE_SYSTEM: Final = b"fuse.securityfs"
-#: How long libfuse's helper may take to notice that the process it watches is gone (it looks twice a second).
+#: How long libfuse's helper may take to see that the process it watches is gone, and to end.
 _SECONDS_FOR_HELPER: Final = 3.0
 _SECONDS_BETWEEN_LOOKS: Final = 0.02
 _MNT_DETACH: Final = 2
@@ -37,19 +37,39 @@ def is_dead(directory: str) -> bool:
     return False
 
 
+def wait_for_helper(directory: str) -> None:
+    """Wait until libfuse's helper of an earlier mount on the directory has ended (auto_unmount).
+
+    It takes away what is mounted there when it comes to it, which would otherwise be the next mount.
+    """
+    give_up = time.monotonic() + _SECONDS_FOR_HELPER
+    while _has_helper(directory) and time.monotonic() < give_up:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _has_helper(directory: str) -> bool:
+    wanted = os.fsencode(directory)
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit():
+            try:
+                words = procfs.read(name, "cmdline").split(b"\0")
+            except OSError:
+                continue
+            if words[0].endswith(b"fusermount3") and wanted in words:
+                return True
+    return False
+
+
 def detach_dead(directory: str) -> bool:
     """Take away a dead mount of ours; False if there is none. UserError if that is not permitted.
 
-    libfuse's helper does that as well (auto_unmount), and takes whatever is mounted there when it comes to it: so it
-    is waited for first, or it would take the next mount.
+    libfuse's helper does so too, but gives up when the table of mounts changes while it looks.
     """
     if not is_dead(directory):
         return False
-    give_up = time.monotonic() + _SECONDS_FOR_HELPER
-    while time.monotonic() < give_up:
-        if not is_dead(directory):
-            return True
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    wait_for_helper(directory)
+    if not is_dead(directory):
+        return True
     if os.geteuid() == 0:
         syscalls.call("umount2", os.fsencode(directory), _MNT_DETACH)
     else:
