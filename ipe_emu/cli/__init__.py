@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ipe_emu import __version__
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.output import complain, escape
-from ipe_emu.errors import CannotEmulateError, KernelError, NotJudgedError, UserError
+from ipe_emu.errors import CannotEmulateError, IpeEmuError, KernelError, NotJudgedError, UserError
 
 #: Every command: its module in this package, and its line in ``ipe-emu --help``.
 COMMANDS = {
@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KernelError as error:
         complain(f"{error} (the kernel answers {error.name})")
         return exit_status.USAGE
+    except IpeEmuError as error:  # a part of ours gave up
+        complain(str(error))
+        return ours
     except OSError as error:
         where = f"{escape(os.fsencode(error.filename))}: " if error.filename is not None else ""
         complain(f"{where}{error.strerror or error}")

@@ -1,7 +1,6 @@
 """``ipe-emu run``: a command whose every execution the emulator judges."""
 
 import argparse
-from pathlib import Path
 
 from ipe_emu.cli.audit_log import audit_file, open_audit_log
 from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of
