@@ -30,14 +30,17 @@ class Profile:
     unavailable_hashes: frozenset[str] = frozenset()
 
 
-_LINUX_6_12 = Profile(name="linux-6.12")
+# Neither recorded kernel was built with Streebog; 7.3's configuration lost SM3 as well.
+_NO_STREEBOG = frozenset({"streebog256", "streebog512"})
+
+_LINUX_6_12 = Profile(name="linux-6.12", unavailable_hashes=_NO_STREEBOG)
 _LINUX_7_3 = Profile(
     name="linux-7.3",
     audits_failed_loads=True,
     audits_errno=True,
     execve_check=True,
     dm_verity_keyring=True,
-    unavailable_hashes=frozenset({"sm3"}),
+    unavailable_hashes=_NO_STREEBOG | {"sm3"},
 )
 _OP_POLICY = evolve(_LINUX_7_3, name="op-policy", unsigned_policies=True)
 
