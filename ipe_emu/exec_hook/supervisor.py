@@ -4,6 +4,7 @@ They are apart because answering a notification resolves paths, which may go thr
 """
 
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -81,27 +82,28 @@ class SecurityFsServer(_Thread):
     def __init__(self, report: Report, on_failure: Callable[[], None]) -> None:
         self._told = threading.Event()
         self._wanted: Callable[[], Session] | None = None
-        self._session: Session | None = None
+        self._root: int | None = None
         super().__init__("serving the securityfs", self._serve, report, on_failure)
 
     def serve(self, fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> None:
         """Tell what to serve, and where (`Sandbox.fuse`)."""
+        self._root = fuse[1]
         self._wanted = functools.partial(_session, fuse, ipe, facts, surroundings)
         self._told.set()
 
     def stop(self) -> None:
-        """Have it end, if it has begun or will."""
+        """Let go of the mount, once the sandbox has: that ends the session, or the one that is about to begin."""
+        if self._root is not None:
+            os.close(self._root)
+            self._root = None
         self._told.set()
-        if self._session is not None:
-            self._session.stop()
 
     def _serve(self) -> None:
         import ipe_securityfs.mount  # noqa: F401, PLC0415 - the slow import, while others work
 
         self._told.wait()
         if self._wanted is not None:
-            self._session = self._wanted()
-            self._session.run()
+            self._wanted().run()
 
 
 def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> "Session":
