@@ -1,6 +1,6 @@
 """``ipe-emu run``: a command tree in a sandbox, under the exec hook, with the emulated securityfs in its place."""
 
-import os
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,15 +8,19 @@ from typing import Final
 
 from attrs import frozen
 
+from ipe_emu.errors import UserError
 from ipe_emu.exec_hook import footing, hook, mount_plan
 from ipe_emu.exec_hook.blueprint import Blueprint, Command
+from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator, is_verity, path_of
+from ipe_emu.exec_hook.footing import Footing
 from ipe_emu.exec_hook.mount_plan import Wanted
 from ipe_emu.exec_hook.report import Report
-from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError, Surroundings
-from ipe_emu.exec_hook.supervisor import Notifications, SecurityFsServer
-from ipe_emu.integrity.declared import Declared, Entry, MountAttachment
+from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
+from ipe_emu.exec_hook.supervisor import Notifications
+from ipe_emu.integrity.declared import Declared
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
+from ipe_securityfs.control import make_runtime_directory, runtime_directories
 
 #: Returned where an error of ours, or something that could not be judged, stands in for the command's status.
 FAILED: Final = 125
@@ -28,16 +32,16 @@ DENIED: Final = 1
 class RunOptions:
     """What to rehearse, and how.
 
-    ``make_ipe`` makes the booted emulator; it is called while the sandbox is being made. ``audit_log`` is the file that
-    records are appended to, which the tree may read and not write; ``concealed`` are directories that it must not
-    reach.
+    ``make_ipe`` makes the booted emulator, and ``declared`` is what it knows of files; it is called while the sandbox
+    is being made. With ``attach`` both are not used: the emulator that is mounted there decides. ``audit_log`` is the
+    file that records are appended to, which the tree may read and not write.
     """
 
     command: Sequence[str]
     make_ipe: Callable[[], Ipe]
     declared: Declared
+    attach: Path | None = None
     audit_log: Path | None = None
-    concealed: Sequence[Path] = ()
     fail_on_deny: bool = False
     debug: bool = False
 
@@ -47,25 +51,17 @@ def run(options: RunOptions) -> int:
 
     Reports on stderr what was denied. Must be called in the main thread of a process that has no others; without
     privileges, this process is in a user namespace of its own afterwards. CannotEmulateError where this machine cannot
-    do it: nothing was started then.
+    do it: nothing was started then. UserError where nothing is mounted that could be attached to.
     """
     command = Command.inherited(options.command)
+    emulator: Emulator = (
+        MountedEmulator(options.attach)
+        if options.attach is not None
+        else OwnEmulator(options.make_ipe, options.declared)
+    )
+    concealed = _runtime_directories()
     standing = footing.obtain()
-    verity = [e for e in options.declared.entries if e.facts.dmverity_roothash is not None]
-    wanted = Wanted(
-        verity=[_path_of(e) for e in verity],
-        read_only=[options.audit_log.resolve()] if options.audit_log is not None else [],
-        concealed=options.concealed,
-        owns_disks=standing.owns_disks,
-    )
-    blueprint = Blueprint(
-        steps=mount_plan.plan(wanted),
-        own_securityfs=True,
-        read_only_controls=standing.owns_disks,
-        located=[_path_of(entry) for entry in options.declared.entries],
-        rules=hook.rules(securityfs=True),
-        command=command,
-    )
+    blueprint = _blueprint(options, emulator, command, standing, concealed)
     for note in standing.notes:
         _say(note)
     if options.debug:
@@ -75,28 +71,44 @@ def run(options: RunOptions) -> int:
     report = Report()
     try:
         with Sandbox(blueprint, standing.ids) as sandbox:
-            status, ipe = _supervise(options, sandbox, report)
+            status = _supervise(sandbox, emulator, report)
     except SignalledError as interrupted:
         return interrupted.status
-    for line in report.lines(ipe.upstream_refusals):
+    for line in report.lines(emulator.refusals):
         _say(line)
     if not report.all_judged:
         return FAILED
     return DENIED if options.fail_on_deny and report.denied_events else status
 
 
-def _supervise(options: RunOptions, sandbox: Sandbox, report: Report) -> tuple[int, Ipe]:
-    server = SecurityFsServer(report, sandbox.kill)
-    server.start()
+def _blueprint(
+    options: RunOptions, emulator: Emulator, command: Command, standing: Footing, concealed: Sequence[Path]
+) -> Blueprint:
+    wanted = Wanted(
+        verity=[path_of(entry) for entry in emulator.declared if is_verity(entry)],
+        read_only=[options.audit_log.resolve()] if options.audit_log is not None else [],
+        concealed=concealed,
+        securityfs=emulator.securityfs,
+        owns_disks=standing.owns_disks,
+    )
+    return Blueprint(
+        steps=mount_plan.plan(wanted),
+        own_securityfs=emulator.securityfs is None,
+        read_only_controls=standing.owns_disks,
+        located=[path_of(entry) for entry in emulator.declared],
+        rules=hook.rules(securityfs=True),
+        command=command,
+    )
+
+
+def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:
     try:
-        ipe = options.make_ipe()
-        fuse = sandbox.fuse()
+        emulator.begin(sandbox, report)
         sandbox.map_ids()
         surroundings = sandbox.surroundings()
-        facts = options.declared.attach(_attachments(options.declared, surroundings))
-        server.serve(fuse, ipe, facts, surroundings)
+        judge, facts = emulator.attach(surroundings)
         exec_hook = hook.ExecHook(
-            ipe, facts, report, machine=surroundings.user_namespace, securityfs=surroundings.securityfs_device
+            judge, facts, report, machine=surroundings.user_namespace, securityfs=surroundings.securityfs_device
         )
         notifications = Notifications(exec_hook, Listener(sandbox.listener()), report, sandbox.kill)
         notifications.start()
@@ -104,20 +116,18 @@ def _supervise(options: RunOptions, sandbox: Sandbox, report: Report) -> tuple[i
         notifications.join()
     finally:
         sandbox.kill()
-        server.stop()
-        server.join()
-    return status, ipe
+        emulator.end()
+    return status
 
 
-def _path_of(entry: Entry) -> Path:
-    return Path(os.fsdecode(entry.path))
+def _runtime_directories() -> list[Path]:
+    """Where emulators have their control sockets: whoever reaches one changes what judges the tree.
 
-
-def _attachments(declared: Declared, surroundings: Surroundings) -> dict[bytes, MountAttachment]:
-    return {
-        entry.path: MountAttachment(mount, own_mount=entry.facts.dmverity_roothash is not None)
-        for entry, mount in zip(declared.entries, surroundings.mounts, strict=True)
-    }
+    The one that an emulator would use is made if it is not there: it could come later.
+    """
+    with contextlib.suppress(UserError):
+        make_runtime_directory()
+    return [directory for directory in runtime_directories() if directory.is_dir()]
 
 
 def _say(line: str) -> None:
