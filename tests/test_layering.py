@@ -88,7 +88,7 @@ def part_of(module: str) -> str | None:
     return words[0] if words[0] == "ipe_securityfs" else None
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: module_of(p))
+@pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_imports_point_down(path: Path) -> None:
     part = part_of(module_of(path))
     assert part is not None
@@ -141,13 +141,13 @@ def test_no_import_cycles() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: module_of(p))
+@pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_ctypes_only_in_linux(path: Path) -> None:
     uses = {module.split(".")[0] for module, _ in imports(path)}
     assert part_of(module_of(path)) == "linux" or not uses & {"ctypes", "cffi", "_ctypes"}
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: module_of(p))
+@pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_no_shell(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Call):
@@ -180,7 +180,9 @@ def test_the_top_level_is_what_design_says() -> None:
 @pytest.mark.parametrize("command", ["check", "show"])
 def test_policy_commands_import_nothing_slow(command: str, tmp_path: Path) -> None:
     policy = tmp_path / "a.pol"
-    policy.write_text("policy_name=a policy_version=1.0.0\nDEFAULT action=DENY\nop=EXECUTE boot_verified=TRUE action=ALLOW\n")
+    policy.write_text(
+        "policy_name=a policy_version=1.0.0\nDEFAULT action=DENY\nop=EXECUTE boot_verified=TRUE action=ALLOW\n"
+    )
     program = (
         "import sys; from ipe_emu.cli import main; status = main(sys.argv[1:]);"
         "print(sorted({m.split('.')[0] for m in sys.modules} &"

@@ -1,10 +1,10 @@
 """``ipe-emu audit --follow``: the audit records of a mounted emulator, as they come."""
 
 import argparse
-import sys
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.mounted import connect, status_of
+from ipe_emu.cli.output import print_bytes
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.errors import NotJudgedError, UserError
 
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
         status_of(connection)
         try:
             for line in connection.follow():
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+                print_bytes(line)
         except RequestError as error:
             raise NotJudgedError(str(error)) from None
     return exit_status.OK

@@ -147,7 +147,5 @@ def build_ipe(args: argparse.Namespace, profile: Profile, emit: "Callable[[Audit
         try:
             ipe.load_boot_policy(text, filename=name_of(args.boot_policy))
         except KernelError as error:
-            raise UserError(
-                f"--boot-policy: {error} (with such a boot policy IPE does not start: ipe_init() fails)"
-            ) from None
+            raise UserError(f"--boot-policy: {error} ({error.name}: with such a one IPE does not start)") from None
     return ipe

@@ -30,6 +30,15 @@ def say(message: str) -> None:
     print(f"ipe-emu: {message}", file=sys.stderr, flush=True)
 
 
+def print_bytes(data: bytes) -> None:
+    """Print on stdout what need not be text, whole: with PYTHONUNBUFFERED a write may take a part of it."""
+    sys.stdout.flush()
+    rest = memoryview(data)
+    while rest:
+        rest = rest[sys.stdout.buffer.write(rest) :]
+    sys.stdout.buffer.flush()
+
+
 def complain(message: str) -> None:
     """Print an error on stderr."""
     say(f"error: {message}")

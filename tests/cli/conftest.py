@@ -13,6 +13,8 @@ from ipe_emu.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = (sys.executable, "-m", "ipe_emu")
+#: What a process of its own finds the program with, wherever it is started.
+ENVIRONMENT = dict(os.environ) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
 
 
 @frozen
@@ -45,6 +47,5 @@ def ipe_emu(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def spawn(*arguments: str | bytes | Path, **options: object) -> "subprocess.CompletedProcess[bytes]":
     """Run the program as a process of its own."""
-    environment = dict(os.environ) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
     command: Sequence[str | bytes | Path] = [*PROGRAM, *arguments]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False, env=environment, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False, env=ENVIRONMENT, **options)  # type: ignore[call-overload,no-any-return]

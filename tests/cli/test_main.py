@@ -13,7 +13,7 @@ from ipe_emu import __version__, cli
 from ipe_emu.cli import COMMANDS, doctor, run
 from ipe_emu.cli.output import escape
 from ipe_emu.errors import CannotEmulateError, KernelError, NotJudgedError, UserError
-from tests.cli.conftest import PROGRAM, ROOT, Run, spawn
+from tests.cli.conftest import ENVIRONMENT, PROGRAM, Run, spawn
 
 
 def test_version(ipe_emu: Run) -> None:
@@ -78,9 +78,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     policy = tmp_path / "a.pol"
     rules = "".join(f"op=EXECUTE fsverity_digest=sha256:{n:064x} action=ALLOW\n" for n in range(2000))
     policy.write_text(f"policy_name=a policy_version=1.0.0\nDEFAULT action=DENY\n{rules}")
-    environment = dict(os.environ) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
     process = subprocess.Popen(
-        [*PROGRAM, "policy", "show", policy], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [*PROGRAM, "policy", "show", policy], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
     assert process.stdout is not None
     assert process.stderr is not None

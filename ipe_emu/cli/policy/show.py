@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.options import add_kernel_option, add_key_options
-from ipe_emu.cli.output import announce, escape, say
+from ipe_emu.cli.output import announce, escape, print_bytes, say
 from ipe_emu.cli.policy.source import read_source
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.policy.render import render
@@ -38,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"kernel": profile.name, "signature": source.signature, **_as_json(source.policy)}, indent=2))
     else:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(render(source.policy))  # a name may hold bytes that are no UTF-8
-        sys.stdout.buffer.flush()
+        print_bytes(render(source.policy))  # a name may hold bytes that are no UTF-8
     return exit_status.OK
 
 

@@ -21,7 +21,7 @@ def add_parser(commands: Subparsers) -> None:
         "sign a policy, as openssl smime -sign -noattr -nodetach -binary -outform der does",
         run,
         examples="""\
-ipe-emu keys new signer && ipe-emu policy sign --key signer.key --cert signer.pem lockdown.pol
+ipe-emu policy sign --key signer.key --cert signer.pem lockdown.pol
 ipe-emu policy sign --key signer.key --cert signer.pem -o update.p7b lockdown-v2.pol""",
     )
     parser.add_argument("file", metavar="FILE", help="the policy's text; - is stdin")
