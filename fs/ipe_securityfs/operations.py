@@ -3,7 +3,7 @@
 Every errno that looks odd here is securityfs's own answer; the function that gives it is named beside it.
 """
 
-# ruff: noqa: ARG002, D102, PLR0917 - names, order and meaning of these arguments are pyfuse3's
+# ruff: noqa: ARG002, D102 - names, order and meaning of these arguments are pyfuse3's
 
 import errno
 import logging
@@ -313,12 +313,17 @@ class Operations(pyfuse3.Operations):
 
         To sendfile(2) and splice(2) a FUSE file of size 0 is at its end, and they say so without asking; securityfs
         answers EINVAL, and every tool then reads. With a size they ask, here as anywhere. Only while nobody else
-        has it open: then no page of it is locked by a read that waits for this very thread.
+        has it open: then no page of it is locked by a read that waits for this very thread. What is stored is the
+        true last byte: whoever opens the node at the same moment may see it before the open drops the page.
         """
-        if node.readers or not _readable_size(node):
+        if node.readers:
+            return
+        content = _content(node)
+        size = _PAGE if content is None else len(content)
+        if not size:
             return
         try:
-            pyfuse3.notify_store(InodeT(node.ino), _readable_size(node) - 1, b"\0")
+            pyfuse3.notify_store(InodeT(node.ino), size - 1, content[-1:] if content else b"\0")
         except OSError as error:
             log.debug("%s: size not shown: %s", node.path, error)
 
@@ -501,15 +506,21 @@ def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
     return taken
 
 
+def _content(node: File) -> bytes | None:
+    """What reading the node gives; None where that is an error."""
+    try:
+        return node.read() if node.read is not None else None
+    except KernelError:
+        return None
+
+
 def _readable_size(node: File) -> int:
     """The length of what reading gives; a page where it gives an error, so that somebody asks and gets it.
 
     (Of a size that is no whole number of pages, ``wc -c`` would believe that it is the answer.)
     """
-    try:
-        return len(node.read()) if node.read is not None else _PAGE
-    except KernelError:
-        return _PAGE
+    content = _content(node)
+    return _PAGE if content is None else len(content)
 
 
 def _threads_of(pid: int) -> list[int]:

@@ -1,0 +1,343 @@
+"""Put the recorded answers to a real mount and print every difference; the program behind test_recorded_answers.py.
+
+usage: python -m tests.securityfs.replaying KERNEL NAME     (as root, in a mount namespace of its own)
+
+Left out, because FUSE answers them itself: zero-length writes, and lseek (ESPIPE on securityfs).
+"""
+
+# ruff: noqa: PTH101,PTH102,PTH104,PTH106,PTH108,PTH123,PTH208,PTH211
+# Each recorded step is one system call; pathlib would make several.
+
+import base64
+import contextlib
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ipe_emu.linux import syscalls
+from tests.securityfs.emulator import ROOT, Emulator, environment, mounted
+from tests.securityfs.policies import signed
+from tests.vectors import load
+
+Step = dict[str, Any]
+
+MAC_ADMIN_BIT = 1 << 1
+TYPES = {"MAC_STATUS": 1404, "IPE_ACCESS": 1420, "IPE_CONFIG_CHANGE": 1421, "IPE_POLICY_LOAD": 1422}
+OPEN_FLAGS = {
+    "O_WRONLY": os.O_WRONLY,
+    "O_WRONLY|O_CREAT|O_TRUNC": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "O_WRONLY|O_APPEND": os.O_WRONLY | os.O_APPEND,
+}
+#: What depends on the machine that recorded: everything else must be equal.
+MACHINE_S_OWN = re.compile(r'\b(pid|ino|auid|ses)=\d+|\b(comm|dev|path)=("[^"]*"|\w+)')
+
+
+def failed(error: OSError) -> Step:
+    return {"error": errno.errorcode.get(error.errno or 0, str(error.errno))}
+
+
+def encoded(data: bytes) -> Step:
+    return {"data": base64.b64encode(data).decode()}
+
+
+class Actor:
+    """Does the recorded steps in this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.descriptors: dict[str, int] = {}
+
+    def path(self, step: Step, key: str = "path") -> str:
+        return str(self.root / step[key])
+
+    def act(self, step: Step) -> Any:
+        name = step["op"]
+        try:
+            if name.startswith("fd_"):
+                return self.on_descriptor(name, step)
+            method: Callable[[Step], Any] | None = getattr(self, f"do_{name}", None)
+            if method is not None:
+                return method(step)
+            self.change(name, step)
+        except OSError as error:
+            return failed(error)
+        return {"ok": 0}
+
+    def do_write(self, step: Step) -> Any:
+        try:
+            fd = os.open(self.path(step), OPEN_FLAGS[step["open"]], 0o666)
+        except OSError as error:
+            return failed(error) | {"at": "open"}
+        results = []
+        for data in step["writes"]:
+            try:
+                results.append({"ok": os.write(fd, base64.b64decode(data))})
+            except OSError as error:
+                results.append(failed(error))
+        os.close(fd)
+        return results
+
+    def do_read(self, step: Step) -> Any:
+        try:
+            fd = os.open(self.path(step), os.O_RDONLY)
+        except OSError as error:
+            return failed(error) | {"at": "open"}
+        try:
+            data = b""
+            while piece := os.read(fd, step["chunk"]):
+                data += piece
+            return encoded(data)
+        finally:
+            os.close(fd)
+
+    def do_pread(self, step: Step) -> Any:
+        try:
+            fd = os.open(self.path(step), os.O_RDONLY)
+        except OSError:
+            return {"error": "EBADF"}
+        try:
+            return encoded(os.pread(fd, step["length"], step["offset"]))
+        finally:
+            os.close(fd)
+
+    def do_open(self, step: Step) -> Any:
+        os.close(os.open(self.path(step), step["flags"], 0o644))
+        return {"ok": 0}
+
+    def do_list(self, step: Step) -> Any:
+        return {"names": sorted(os.listdir(self.path(step)))}
+
+    def do_stat(self, step: Step) -> Any:
+        st = os.lstat(self.path(step))
+        return {
+            "mode": f"{st.st_mode:o}",
+            "size": str(st.st_size),
+            "nlink": str(st.st_nlink),
+            "uid": str(st.st_uid),
+            "gid": str(st.st_gid),
+            "blksize": str(st.st_blksize),
+            "blocks": str(st.st_blocks),
+        }
+
+    def on_descriptor(self, name: str, step: Step) -> Any:
+        if name == "fd_open":
+            fd = os.open(self.path(step), step["flags"])
+            if step["fd"] in self.descriptors:
+                os.close(self.descriptors[step["fd"]])
+            self.descriptors[step["fd"]] = fd
+            return {"ok": 0}
+        fd = self.descriptors.get(step["fd"], 987654)
+        if name == "fd_write":
+            return {"ok": os.write(fd, base64.b64decode(step["data"]))}
+        if name == "fd_read":
+            return encoded(os.read(fd, step["length"]))
+        if name == "fd_seek":
+            return {"ok": os.lseek(fd, step["offset"], os.SEEK_SET)}
+        assert name == "fd_close", name
+        self.descriptors.pop(step["fd"], None)
+        os.close(fd)
+        return {"ok": 0}
+
+    def change(self, name: str, step: Step) -> None:
+        path = self.path(step)
+        if name.startswith("access_"):
+            if not os.access(path, {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}[name[-1]]):
+                raise OSError(errno.EACCES if os.path.lexists(path) else errno.ENOENT, "access")
+            return
+        {
+            "mkdir": lambda: os.mkdir(path, 0o755),
+            "rmdir": lambda: os.rmdir(path),
+            "unlink": lambda: os.unlink(path),
+            "chmod": lambda: os.chmod(path, 0o777),
+            "chown": lambda: os.chown(path, 1000, 1000),
+            "truncate": lambda: os.truncate(path, 0),
+            "truncate5": lambda: os.truncate(path, 5),
+            "symlink": lambda: os.symlink("x", path),
+            "mknod": lambda: os.mknod(path, 0o100644),
+            "utime": lambda: os.utime(path),
+            "creat": lambda: os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)),
+            "rename": lambda: os.rename(path, self.path(step, "to")),
+            "link": lambda: os.link(path, self.path(step, "to")),
+        }[name]()
+
+    def perform(self, step: Step) -> Any:
+        """Do a step as whom it was recorded: in a child that gives up what the recorder gave up."""
+        who = step.get("as", "root")
+        if who == "root":
+            return self.act(step)
+        if who == "root, program on tmpfs":
+            return from_other_program(self.root, step)
+        readable, writable = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                if who == "uid 1000":
+                    os.setgroups([])
+                    os.setresgid(1000, 1000, 1000)
+                    os.setresuid(1000, 1000, 1000)
+                else:
+                    assert who == "root without CAP_MAC_ADMIN", who
+                    drop_mac_admin()
+                os.write(writable, json.dumps(self.act(step)).encode())
+            finally:
+                os._exit(0)
+        os.close(writable)
+        with open(readable, "rb") as stream:
+            said = stream.read()
+        os.waitpid(child, 0)
+        return json.loads(said)
+
+
+def drop_mac_admin() -> None:
+    header, sets = syscalls.writable(8), syscalls.writable(24)
+    header.raw = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)
+    syscalls.call("capget", header, sets)
+    effective_high = 12  # of two words each: effective, permitted, inheritable; CAP_MAC_ADMIN is bit 33
+    word = int.from_bytes(sets.raw[effective_high : effective_high + 4], sys.byteorder) & ~MAC_ADMIN_BIT
+    sets.raw = sets.raw[:effective_high] + word.to_bytes(4, sys.byteorder) + sets.raw[effective_high + 4 :]
+    syscalls.call("capset", header, sets)
+
+
+def normal(text: str) -> str:
+    return MACHINE_S_OWN.sub(lambda found: found[0].partition("=")[0] + "=*", text).strip()
+
+
+class AuditLog:
+    """The records since the last look; they are out before a system call returns."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.stream = emulator.audit_log.open("rb")
+
+    def new(self) -> list[tuple[int, str]]:
+        lines = self.stream.read().decode("utf-8", "surrogateescape").splitlines()
+        return [
+            (TYPES[line.removeprefix("type=").partition(" ")[0]], normal(line.partition("): ")[2])) for line in lines
+        ]
+
+
+def recorded_audit(step: Step) -> list[tuple[int, str]]:
+    # The recorder's own executions are in the log of the recorded machine; nothing is executed under these mounts.
+    records = [(record["type"], normal(record["text"])) for record in step["audit"]]
+    return [record for record in records if "ipe_op=EXECUTE" not in record[1]]
+
+
+def is_left_out(step: Step) -> bool:
+    return (
+        "files" in step
+        or step["op"] == "shell"
+        or "exec" in step
+        or "" in step.get("writes", ())
+        or step["result"] == {"error": "ESPIPE"}
+    )
+
+
+def walk(emulator: Emulator, steps: list[Step]) -> tuple[int, list[str]]:
+    actor, log = Actor(emulator.directory), AuditLog(emulator)
+    count, differences = 0, []
+    for line, step in enumerate(steps, 1):
+        if is_left_out(step) or step.get("path", "").startswith("/"):
+            continue
+        got, wanted = actor.perform(step), step["result"]
+        count += 1
+        if got != wanted:
+            differences.append(f"line {line}: {step['op']} {step.get('path')}: got {got}, the kernel {wanted}")
+        if "audit" in step and (records := log.new()) != (expected := recorded_audit(step)):
+            differences.append(f"line {line}: {step['op']}: audit: got {records}, the kernel {expected}")
+    for fd in actor.descriptors.values():
+        os.close(fd)
+    return count, differences
+
+
+def load_each(emulator: Emulator, steps: list[Step], data_of: Callable[[Step], bytes]) -> tuple[int, list[str]]:
+    """Write each text or blob to new_policy on a fresh state: what was loaded is deleted again."""
+    count, differences = 0, []
+    for line, step in enumerate(steps, 1):
+        data = data_of(step)
+        if not data:
+            continue
+        before = emulator.names()
+        try:
+            fd = os.open(emulator.ipe / "new_policy", os.O_WRONLY)
+            try:
+                got: Step = {"ok": os.write(fd, data)}
+            finally:
+                os.close(fd)
+        except OSError as error:
+            got = failed(error)
+        for name in emulator.names() - before:
+            directory = emulator.policies / name
+            if "text" in step:
+                loaded_name = (directory / "name").read_bytes().decode("latin-1")
+                got = {"name": loaded_name, "version": (directory / "version").read_text()}
+            elif name != step["policy"]:
+                differences.append(f"line {line}: loaded {name}, the kernel {step['policy']}")
+            (directory / "delete").write_bytes(b"1")
+        count += 1
+        if got != step["result"]:
+            fault = str(step.get("fault", step.get("text")))[:100]
+            differences.append(f"line {line} ({fault}): got {got}, the kernel {step['result']}")
+    return count, differences
+
+
+def mount_tmpfs(directory: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory], check=True)
+
+
+def prepare_gate(files: dict[str, str]) -> Path:
+    """Lay out the files of an op-policy walk in this private mount namespace; return the facts of them."""
+    mount_tmpfs("/run")
+    for name, content in files.items():
+        for path in (Path("/") / name, Path("/run/t") / Path(name).name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+    interpreter = os.path.realpath(sys.executable)
+    other = Path("/run/probe")
+    other.write_bytes(Path(interpreter).read_bytes())
+    other.chmod(0o755)
+    facts = Path("/run/integrity.toml")
+    entries = [f'[[file]]\npath = "{path}"\nboot_verified = true\n' for path in ("/mnt/t", interpreter)]
+    facts.write_text("".join(entries))
+    return facts
+
+
+def from_other_program(root: Path, step: Step) -> Any:
+    """Do a step in a copy of this interpreter of which nothing is known."""
+    program = [
+        "/run/probe", "-c",
+        "import json, sys; from pathlib import Path; from tests.securityfs.replaying import Actor;"
+        " print(json.dumps(Actor(Path(sys.argv[1])).act(json.loads(sys.argv[2]))))",
+        str(root), json.dumps(step),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "fs"), *(p for p in sys.path if p.endswith("site-packages"))])
+    env = environment() | {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": path}
+    done = subprocess.run(program, capture_output=True, check=True, env=env, timeout=30)
+    return json.loads(done.stdout)
+
+
+def main(kernel: str, name: str) -> int:
+    steps: list[Step] = load(kernel, name)
+    mount_tmpfs("/mnt")  # where uid 1000 can get at it
+    arguments: list[str | Path] = []
+    if kernel == "op-policy":
+        arguments = ["--integrity", prepare_gate(steps[0]["files"])]
+    with contextlib.ExitStack() as stack:
+        emulator = stack.enter_context(mounted(Path("/mnt/securityfs"), *arguments, kernel=kernel))
+        if name == "policy-texts":
+            count, differences = load_each(emulator, steps, lambda step: signed(base64.b64decode(step["text"])))
+        elif name == "pkcs7-blobs":
+            count, differences = load_each(emulator, steps, lambda step: base64.b64decode(step["blob"] or ""))
+        else:
+            count, differences = walk(emulator, steps)
+    print("\n".join(differences))
+    print(f"{count} compared")
+    return 1 if differences or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))
