@@ -49,6 +49,7 @@ log = logging.getLogger("ipe_emu.securityfs")
 #: How long a write may take to show who makes it: the thread may not have gone to sleep yet when its request is here.
 _SECONDS_TO_SEE_WRITER: Final = 2.0
 _SECONDS_BETWEEN_LOOKS: Final = 0.0005
+_LONGEST_PAUSE: Final = 0.1
 #: How long a removal may take to go through the mount; a client that is stopped inside it must not hold up another.
 _SECONDS_TO_REMOVE: Final = 2.0
 #: How long the opener alone is looked at, if it was running: nearly always it writes itself.
@@ -393,6 +394,7 @@ class Operations(pyfuse3.Operations):
         write, running = find_write((opener,), ino, data, compare=compare)
         if write is not None:
             return write
+        pause = _SECONDS_BETWEEN_LOOKS
         give_up = trio.current_time() + _SECONDS_TO_SEE_WRITER
         look_everywhere = trio.current_time() + (_SECONDS_TO_SEE_OPENER if running else 0)
         while trio.current_time() < give_up:
@@ -405,7 +407,8 @@ class Operations(pyfuse3.Operations):
                     return None
             if write is not None:
                 return write
-            await trio.sleep(_SECONDS_BETWEEN_LOOKS)
+            await trio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
         return None
 
     async def _write_segments(self, handle: _Handle, data: bytes, write: WaitingWrite, *, unsigned: bool) -> int:

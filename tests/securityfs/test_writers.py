@@ -1,0 +1,289 @@
+"""One write(2) is one policy, whoever writes it and however; what the kernel refuses is refused."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.securityfs.conftest import Mount
+from tests.securityfs.emulator import Emulator, mounted
+from tests.securityfs.policies import policy, signed, text
+
+pytestmark = [pytest.mark.needs("fuse", "root", "busybox"), pytest.mark.timeout(60)]
+
+EPERM, EINVAL, ENOMEM, EMSGSIZE, EBADMSG, EACCES = (
+    getattr(errno, name) for name in ("EPERM", "EINVAL", "ENOMEM", "EMSGSIZE", "EBADMSG", "EACCES")
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    with mounted(tmp_path_factory.mktemp("writers") / "m") as emulator:
+        yield emulator
+
+
+def python(code: str, *arguments: str | Path) -> int:
+    """Run a few lines that write; return 0 or the errno they failed with."""
+    program = (
+        "import os, sys, threading\n"
+        "try:\n" + "".join(f"    {line}\n" for line in code.splitlines()) + "except OSError as e: sys.exit(e.errno)\n"
+    )
+    return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], timeout=30, check=False).returncode
+
+
+def write(path: Path, data: bytes) -> int:
+    """One write(2) by this process: the count, or minus the errno."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        return os.write(fd, data)
+    except OSError as error:
+        return -(error.errno or 0)
+    finally:
+        os.close(fd)
+
+
+# {file} holds a signed policy that fits in any writer's block, and is written to {node}.
+WRITERS = {
+    "cat": "cat {file} > {node}",
+    "busybox cat": "busybox cat {file} > {node}",
+    "cp": "cp {file} {node}",
+    "busybox cp": "busybox cp {file} {node}",
+    "dd": "dd if={file} of={node} bs=64k status=none",
+    "busybox dd": "busybox dd if={file} of={node} bs=64k 2>&-",
+    "tee": "tee {node} < {file} > /dev/null",
+    "descriptor of the shell": "exec 3> {node}; cat {file} >&3",
+    "redirected group": "{{ cat {file}; }} > {node}",
+    "python": f"{sys.executable} -c \"import sys; open(sys.argv[2], 'wb').write(open(sys.argv[1], 'rb').read())\""
+    " {file} {node}",
+    "python shutil": f'{sys.executable} -c "import shutil, sys; shutil.copyfile(*sys.argv[1:])" {{file}} {{node}}',
+    "python unbuffered": f"{sys.executable} -c \"import sys; open(sys.argv[2], 'wb', 0).write(open(sys.argv[1],"
+    " 'rb').read())\" {file} {node}",
+    "appending": "cat {file} >> {node}",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_loads_a_policy(name: str, shared: Emulator, tmp_path: Path) -> None:
+    loaded = "W" + "".join(filter(str.isalpha, name))
+    file = tmp_path / "policy.p7b"
+    file.write_bytes(policy(loaded))
+    script = WRITERS[name].replace("{file}", str(file)).replace("{node}", str(shared.ipe / "new_policy"))
+    done = subprocess.run(
+        ["bash", "-c", script.replace("{{", "{").replace("}}", "}")], capture_output=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert loaded in shared.names()
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "echo 0 > {node}",
+        "printf 0 > {node}",
+        "busybox sh -c 'echo 0 > {node}'",
+        "bash -c 'printf 0 > {node}'",
+        "echo 0 | tee {node} >/dev/null",
+        "echo 0 | busybox tee {node} >/dev/null",
+        "echo 0 | dd of={node} status=none",
+    ],
+)
+def test_every_shell_writes_booleans(writer: str, shared: Emulator) -> None:
+    node = shared.ipe / "success_audit"
+    assert write(node, b"1") == 1
+    subprocess.run(["sh", "-c", writer.format(node=node)], check=True, timeout=20)
+    assert node.read_bytes() == b"0"
+
+
+@pytest.mark.parametrize("block", ["bs=512", "bs=1k"])
+def test_pieces_are_policies_of_their_own_and_fail(block: str, shared: Emulator, tmp_path: Path) -> None:
+    file = tmp_path / "policy.p7b"
+    file.write_bytes(policy("Pieces"))
+    done = subprocess.run(
+        ["dd", f"if={file}", f"of={shared.ipe / 'new_policy'}", block], capture_output=True, timeout=20, check=False
+    )
+    assert done.returncode != 0
+    assert b"Bad message" in done.stderr
+    assert "Pieces" not in shared.names()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "os.sendfile(node, file, 0, 1 << 16)",
+        "r, w = os.pipe(); os.splice(file, w, 1 << 16); os.splice(r, node, 1 << 16)",
+    ],
+)
+def test_the_data_of_another_file_cannot_be_spliced_in(call: str, shared: Emulator, tmp_path: Path) -> None:
+    file = tmp_path / "policy.p7b"
+    file.write_bytes(policy("Spliced"))
+    code = f"node, file = os.open(sys.argv[1], os.O_WRONLY), os.open(sys.argv[2], os.O_RDONLY)\n{call}"
+    assert python(code, shared.ipe / "new_policy", file) == EINVAL
+    enforce = tmp_path / "one"
+    enforce.write_bytes(b"1")
+    assert python(code, shared.ipe / "enforce", enforce) == EINVAL
+    assert "Spliced" not in shared.names()
+
+
+def test_copy_file_range_from_one_node_to_another_is_refused(shared: Emulator) -> None:
+    code = "os.copy_file_range(os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_WRONLY), 9)"
+    assert python(code, shared.ipe / "enforce", shared.ipe / "success_audit") == EINVAL
+
+
+def test_a_vector_is_one_write_for_each_segment(shared: Emulator) -> None:
+    node = shared.ipe / "new_policy"
+    fd = os.open(node, os.O_WRONLY)
+    try:
+        both = [policy("SegmentA"), policy("SegmentB")]
+        assert os.writev(fd, both) == sum(map(len, both))
+        assert {"SegmentA", "SegmentB"} <= shared.names()
+        whole = policy("SegmentC")
+        with pytest.raises(OSError, match="Bad message"):
+            os.writev(fd, [whole[:500], whole[500:]])
+        # what came before the failure counts
+        assert os.writev(fd, [policy("SegmentD"), b"0"]) == len(policy("SegmentD"))
+    finally:
+        os.close(fd)
+    assert "SegmentC" not in shared.names()
+
+
+# FUSE cuts a write at about 1 MiB.
+def test_a_write_that_fuse_cuts_is_judged_as_the_one_it_is(shared: Emulator) -> None:
+    node = shared.ipe / "new_policy"
+    for size in (65536, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20, (4 << 20) - 1):
+        assert write(node, b"\x30" * size) == -EMSGSIZE, size
+    for size in (4 << 20, 5 << 20):
+        assert write(node, b"\x30" * size) == -ENOMEM, size
+    # A policy at the start of a long write, and pieces that would each be one: still one write, and no policy.
+    small = policy("Hidden")
+    assert write(node, small + b"\0" * (2 << 20)) == -EMSGSIZE
+    assert "Hidden" not in shared.names()
+
+
+def test_a_boolean_counts_however_long_the_write_is(shared: Emulator) -> None:
+    node = shared.ipe / "success_audit"
+    assert write(node, b"1" * (3 << 20)) == 3 << 20
+    assert node.read_bytes() == b"1"
+    assert write(node, b"0" + b"1" * (3 << 20)) == (3 << 20) + 1
+    assert node.read_bytes() == b"0"
+    assert write(node, b"x" * (3 << 20)) == -EINVAL
+
+
+def test_a_long_text_is_one_policy(mount: Mount, tmp_path: Path) -> None:
+    rules = b"op=EXECUTE boot_verified=TRUE action=ALLOW\n"
+    long = text("Long", body="DEFAULT action=DENY\n") + rules * 30_000
+    assert len(long) > 1 << 20
+    fresh = mount("--boot-verified", os.path.realpath(sys.executable), kernel="op-policy")
+    assert write(fresh.ipe / "new_policy", long) == len(long)
+    assert (fresh.policies / "Long" / "policy").read_bytes() == long
+    assert write(fresh.ipe / "new_policy", long.replace(b"Long", b"Bad") + b"x") == -EBADMSG
+    assert fresh.names() == {"AllowInitramfs", "Long"}
+
+
+def test_another_thread_and_another_process_may_write(shared: Emulator) -> None:
+    fd = os.open(shared.ipe / "new_policy", os.O_WRONLY)
+    try:
+        results: list[int] = []
+        thread = threading.Thread(target=lambda: results.append(os.write(fd, policy("Thread"))))
+        thread.start()
+        thread.join(20)
+        assert results == [len(policy("Thread"))]
+        code = "os.write(int(sys.argv[1]), open(sys.argv[2], 'rb').read())"
+        file = shared.audit_log.parent / "child.p7b"
+        file.write_bytes(policy("Child"))
+        program = f"import os, sys\n{code}"
+        subprocess.run([sys.executable, "-c", program, str(fd), file], pass_fds=[fd], check=True, timeout=20)
+    finally:
+        os.close(fd)
+    assert {"Thread", "Child"} <= shared.names()
+
+
+def test_the_capability_is_that_of_the_opener(shared: Emulator) -> None:
+    """Gained later it does not count, dropped later it does not matter, and a nested user namespace has none."""
+    node = shared.ipe / "success_audit"
+    drop = ["setpriv", "--bounding-set", "-mac_admin", "--inh-caps", "-mac_admin"]
+    code = "import os, sys; os.write(int(sys.argv[1]), b'0')"
+    fd = os.open(node, os.O_WRONLY)
+    try:
+        subprocess.run([*drop, sys.executable, "-c", code, str(fd)], pass_fds=[fd], check=True, timeout=20)
+    finally:
+        os.close(fd)
+    without = subprocess.run([*drop, "tee", node], input=b"1", capture_output=True, check=False, timeout=20)
+    assert b"not permitted" in without.stderr
+    nested = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "tee", node], input=b"1",
+        capture_output=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert b"not permitted" in nested.stderr
+    assert node.read_bytes() == b"0"
+
+
+def test_many_write_at_once_and_each_policy_loads_once(shared: Emulator) -> None:
+    node = shared.ipe / "new_policy"
+    files = []
+    for number in range(12):
+        file = shared.audit_log.parent / f"many{number}.p7b"
+        file.write_bytes(policy(f"Many{number % 6}"))
+        files.append(file)
+    writers = [subprocess.Popen(["sh", "-c", f"cat {file} > {node}"], stderr=subprocess.PIPE) for file in files]
+    failures = [writer.communicate(timeout=30)[1] for writer in writers]
+    assert sum(b"File exists" in failure for failure in failures) == 6
+    assert sum(not failure for failure in failures) == 6
+    assert {f"Many{number}" for number in range(6)} <= shared.names()
+
+
+def test_a_reader_sees_the_old_policy_or_the_new_one(shared: Emulator) -> None:
+    filler = "#" + "x" * 30_000 + "\n"
+    versions = [text("Changing", f"{number}.0.0", filler + "DEFAULT action=ALLOW\n") for number in range(20)]
+    assert write(shared.ipe / "new_policy", signed(versions[0])) > 0
+    seen: set[bytes] = set()
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            seen.add((shared.policies / "Changing" / "policy").read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for version in versions[1:]:
+            assert write(shared.policies / "Changing" / "update", signed(version)) > 0
+    finally:
+        over.set()
+        reader.join(20)
+    assert seen <= set(versions)
+    assert len(seen) > 1
+
+
+def test_a_writer_that_dies_in_the_middle_leaves_a_sound_state(shared: Emulator) -> None:
+    """Its write is judged or not, as a whole; the mount goes on."""
+    loop = "while :; do cat {file} > {node}; echo 1 > {delete}; done"
+    file = shared.audit_log.parent / "dying.p7b"
+    file.write_bytes(policy("Dying", body="#" + "x" * 60_000 + "\nDEFAULT action=ALLOW\n"))
+    script = loop.format(file=file, node=shared.ipe / "new_policy", delete=shared.policies / "Dying" / "delete")
+    for _ in range(10):
+        writer = subprocess.Popen(["sh", "-c", script], start_new_session=True, stderr=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(0.05)
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.wait(20)
+        assert (shared.ipe / "enforce").read_bytes() == b"1"
+        if "Dying" in shared.names():
+            assert (shared.policies / "Dying" / "policy").read_bytes().startswith(b"policy_name=Dying")
+    if "Dying" in shared.names():
+        assert write(shared.policies / "Dying" / "delete", b"1") == 1
+    assert write(shared.ipe / "new_policy", file.read_bytes()) > 0
+
+
+def test_asynchronous_writers_are_refused_not_guessed(shared: Emulator) -> None:
+    """Whoever writes through a kernel thread waits in no write of its own that could be looked at."""
+    enforce = shared.ipe / "success_audit"
+    before = enforce.read_bytes()
+    status = subprocess.run([sys.executable, "-m", "tests.securityfs.asynchronous", enforce], timeout=30, check=False)
+    assert status.returncode == EACCES
+    assert enforce.read_bytes() == before
