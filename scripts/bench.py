@@ -113,7 +113,7 @@ def nothing_mounted(place: Path) -> Iterator[Path]:
     try:
         if server.stdout.readline() != b"ready\n":
             raise SystemExit("the file system to compare with could not be mounted")
-        yield target / "enforce"
+        yield target / "ipe" / "enforce"
     finally:
         subprocess.run(["fusermount3", "-u", target], check=False)
         server.wait(timeout=10)
@@ -225,6 +225,7 @@ def starts(place: Path) -> Iterator[Row]:
 def main() -> None:
     """Measure everything and print the table."""
     console = Console()
+    console.width = max(console.width, 130)  # a figure is looked for in one line, in a log too
     table = Table("what", "measured (median)", "target", "", title="ipe-emu, measured in one run on this machine")
     with tempfile.TemporaryDirectory(prefix="ipe-bench.") as name, console.status("measuring…"):
         place = Path(name)

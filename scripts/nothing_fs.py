@@ -1,4 +1,4 @@
-"""A pyfuse3 file system with one file, ``enforce``, that does nothing: what `bench` compares the emulator with."""
+"""A pyfuse3 file system with one file, ``ipe/enforce``, that does nothing: what `bench` compares the emulator with."""
 
 import errno
 import os
@@ -8,7 +8,9 @@ import sys
 import pyfuse3
 import trio
 
-FILE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
+DIRECTORY = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
+FILE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 2)
+NAMES = {(pyfuse3.ROOT_INODE, b"ipe"): DIRECTORY, (DIRECTORY, b"enforce"): FILE}
 
 
 class Nothing(pyfuse3.Operations):
@@ -17,10 +19,10 @@ class Nothing(pyfuse3.Operations):
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> pyfuse3.EntryAttributes:
-        """Attributes of the root or of the file."""
+        """Attributes of a directory or of the file."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
-        entry.st_mode = stat.S_IFDIR | 0o755 if inode == pyfuse3.ROOT_INODE else stat.S_IFREG | 0o644
+        entry.st_mode = stat.S_IFREG | 0o644 if inode == FILE else stat.S_IFDIR | 0o755
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         entry.attr_timeout = entry.entry_timeout = 0
         return entry
@@ -28,10 +30,11 @@ class Nothing(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """Find the one file."""
-        if name != b"enforce":
+        """Find the directory, and the file in it."""
+        found = NAMES.get((parent_inode, name))
+        if found is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return await self.getattr(FILE)
+        return await self.getattr(found)
 
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open it."""
