@@ -1,7 +1,8 @@
 """Running something as a user without any privilege, where tests run as root and /dev/fuse is root's alone.
 
-In a mount namespace of its own: a /dev/fuse that everybody may open, and the directories that the program needs
-reachable for everybody. Used as a program: ``python tests/rootless.py UID PATH... -- COMMAND...``.
+In a mount namespace of its own: a /dev/fuse that everybody may open, the directories that the program needs reachable
+for everybody, a name for the user, and subordinate ids if wanted.
+Used as a program: ``python tests/rootless.py IDS PATH... -- COMMAND...``.
 """
 
 import os
@@ -12,25 +13,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 UID = 64321  # a user whom no machine has
+NAME = "rehearser"
+SUBORDINATE = (700_000_000, 65536)
+_PLACE = Path("/mnt")
 FUSE_DEVICE = os.makedev(10, 229)
 
 
-def as_plain_user(command: Sequence[str], *reachable: Path) -> list[str]:
+def as_plain_user(command: Sequence[str], *reachable: Path, subordinate_ids: bool = False) -> list[str]:
     """The command line that runs ``command`` as UID, to whom ``reachable`` is made so (owner and mode stay)."""
     needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix), *reachable]
-    return [sys.executable, __file__, str(UID), *map(str, needed), "--", *command]
+    ids = ":".join(map(str, SUBORDINATE)) if subordinate_ids else "none"
+    return [sys.executable, __file__, ids, *map(str, needed), "--", *command]
 
 
 def _main() -> None:
     separator = sys.argv.index("--")
-    uid, command = int(sys.argv[1]), sys.argv[separator + 1 :]
+    ids, command = sys.argv[1], sys.argv[separator + 1 :]
     namespaces.unshare(Namespace.MOUNT)
     mounts.make_private()
     _make_reachable([Path(word).resolve() for word in sys.argv[2:separator]])
-    _open_fuse_to_all()
+    _mount_tmpfs(_PLACE)
+    os.mknod(_PLACE / "fuse", stat.S_IFCHR | 0o666, FUSE_DEVICE)
+    (_PLACE / "fuse").chmod(0o666)
+    _cover(Path("/dev/fuse"), _PLACE / "fuse")
+    _append("/etc/passwd", f"{NAME}:x:{UID}:{UID}::/:/bin/sh")
+    _append("/etc/group", f"{NAME}:x:{UID}:")
+    for file in ("/etc/subuid", "/etc/subgid"):
+        _append(file, f"{NAME}:{ids}" if ids != "none" else "# none")
     os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, UID)
     assert not capabilities.effective()
     os.execvp(command[0], command)
 
@@ -51,14 +63,17 @@ def _make_reachable(paths: list[Path]) -> None:
             os.close(tree)
 
 
-def _open_fuse_to_all() -> None:
-    place = Path("/mnt")
-    _mount_tmpfs(place)
-    os.mknod(place / "fuse", stat.S_IFCHR | 0o666, FUSE_DEVICE)
-    (place / "fuse").chmod(0o666)
-    node = mounts.clone(place / "fuse", recursive=False)
-    mounts.attach(node, Path("/dev/fuse"))
-    os.close(node)
+def _append(file: str, line: str) -> None:
+    copy = _PLACE / Path(file).name
+    copy.write_text(f"{Path(file).read_text()}{line}\n")
+    copy.chmod(0o644)
+    _cover(Path(file), copy)
+
+
+def _cover(path: Path, by: Path) -> None:
+    tree = mounts.clone(by, recursive=False)
+    mounts.attach(tree, path)
+    os.close(tree)
 
 
 def _mount_tmpfs(path: Path) -> None:

@@ -15,7 +15,7 @@ from ipe_emu.integrity.declared import Declared, Entry, FactsSource, MountAttach
 from ipe_emu.lsm import Ipe, UpstreamRefusal
 
 if TYPE_CHECKING:
-    from ipe_securityfs.client import Connection
+    from ipe_securityfs.client import Connection, RemoteIpe
 
 
 class Emulator(Protocol):
@@ -102,19 +102,21 @@ class MountedEmulator:
     """
 
     directory: Path
-    _questions: "Connection" = field(init=False)
+    _ipe: "RemoteIpe" = field(init=False)
     _attachment: "Connection" = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        from ipe_securityfs.client import Connection  # noqa: PLC0415 - a run with its own emulator has no use for it
+        from ipe_securityfs.client import Connection, RemoteIpe  # noqa: PLC0415 - most runs have no use for it
 
-        self._questions = Connection.open(self.directory)
+        self._ipe = RemoteIpe(Connection.open(self.directory))
         self._attachment = Connection.open(self.directory)
+        # Only an answer shows that the emulator has looked at us; that it does but once.
+        self._attachment.request("status")
 
     @property
     def securityfs(self) -> Path | None:
         """Where it is mounted."""
-        return Path(self._questions.mountpoint)
+        return Path(self._ipe.connection.mountpoint)
 
     @property
     def declared(self) -> Sequence[Entry]:
@@ -126,15 +128,14 @@ class MountedEmulator:
 
     def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:
         """Have the capabilities of the sandbox's root count on the mount."""
-        from ipe_securityfs.client import RemoteIpe, attach  # noqa: PLC0415 - as above
+        from ipe_securityfs.client import attach  # noqa: PLC0415 - as above
 
-        ipe = RemoteIpe(self._questions)
         attach(self._attachment, surroundings.user_namespace)
-        return ipe, ipe
+        return self._ipe, self._ipe
 
     def end(self) -> None:
         """Hang up, upon which the sandbox's capabilities count no more."""
-        self._questions.close()
+        self._ipe.connection.close()
         self._attachment.close()
 
     @property

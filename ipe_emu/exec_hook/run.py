@@ -8,7 +8,7 @@ from typing import Final
 
 from attrs import frozen
 
-from ipe_emu.errors import UserError
+from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook import footing, hook, mount_plan
 from ipe_emu.exec_hook.blueprint import Blueprint, Command
 from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator, is_verity, path_of
@@ -69,11 +69,14 @@ def run(options: RunOptions) -> int:
         for line in blueprint.describe():
             _say(f"sandbox: {line}")
     report = Report()
+    status = FAILED
     try:
         with Sandbox(blueprint, standing.ids) as sandbox:
             status = _supervise(sandbox, emulator, report)
     except SignalledError as interrupted:
         return interrupted.status
+    except NotJudgedError as error:
+        report.failed(str(error))
     for line in report.lines(emulator.refusals):
         _say(line)
     if not report.all_judged:
