@@ -171,7 +171,7 @@ def test_mount_points_that_cannot_be_one(background: bool, tmp_path: Path) -> No
         Path("/sys/kernel/security"): "`ipe-emu run -- COMMAND`",
     }
     for place, reason in cases.items():
-        arguments = [place, *(["--background"] if background else [])]
+        arguments = [str(place), *(["--background"] if background else [])]
         done = subprocess.run(
             command(*arguments), capture_output=True, check=False, timeout=SECONDS, env=environment(), text=True
         )
