@@ -167,7 +167,7 @@ def tracked_texts() -> list[Path]:
 @pytest.mark.parametrize("path", tracked_texts(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_holds_what_belongs_nowhere(path: Path) -> None:
     text = path.read_text(errors="surrogateescape")
-    places = [re.escape("/wor" + "k/"), re.escape("/tmp/" + "venv"), "/ro" + "ot/", "/ho" + r"me/\w"]
+    places = [re.escape("/wor" + "k/"), re.escape("/tmp/" + "venv"), r"(?<![\w}])/ro" + "ot/", "/ho" + r"me/\w"]
     for unwanted in ("TO" + "DO", "FIX" + "ME", "X" * 3 + ":", *places):
         assert not re.search(unwanted, text), f"holds {unwanted}"
 

@@ -34,8 +34,7 @@ def add_kernel_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kernel",
         choices=tuple(PROFILES),
-        default=DEFAULT_PROFILE.name,
-        help="whose answers to give (default: %(default)s)",
+        help=f"whose answers to give (default: {DEFAULT_PROFILE.name})",
     )
 
 
@@ -92,6 +91,22 @@ def add_lsm_options(parser: argparse.ArgumentParser) -> None:
     )
     add_key_options(parser)
     add_integrity_options(parser)
+
+
+def described_machine(args: argparse.Namespace) -> list[str]:
+    """The options of ``add_lsm_options`` that were given."""
+    names = [
+        "kernel",
+        "boot_policy",
+        "cmdline",
+        "audit_log",
+        "integrity",
+        "boot_verified",
+        "blacklist",
+        "revocation_keys",
+    ]
+    names += [f"{name.replace('-', '_')}_keys" for name in _KEYS]
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def has_keys(args: argparse.Namespace) -> bool:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ipe_emu.profiles import PROFILES, Profile
+from ipe_emu.profiles import DEFAULT_PROFILE, PROFILES, Profile
 
 _NOTES = {
     "op-policy": "linux-7.3 plus a proposal that no released kernel has: op=POLICY can admit unsigned policies",
@@ -44,8 +44,9 @@ def complain(message: str) -> None:
     say(f"error: {message}")
 
 
-def announce(name: str) -> Profile:
-    """Say first which kernel is emulated, and return its profile."""
+def announce(name: str | None) -> Profile:
+    """Say first which kernel is emulated (None: the default one), and return its profile."""
+    name = name or DEFAULT_PROFILE.name
     note = _NOTES.get(name)
     say(f"kernel profile {name}" + (f" ({note})" if note else ""))
     return PROFILES[name]

@@ -1,12 +1,15 @@
 """``ipe-emu run``: a command whose every execution the emulator judges."""
 
 import argparse
+from pathlib import Path
 
 from ipe_emu.cli.audit_log import audit_file, open_audit_log
-from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of
+from ipe_emu.cli.mounted import connect, status_of
+from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of, described_machine
 from ipe_emu.cli.output import announce
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.errors import UserError
+from ipe_emu.profiles import PROFILES
 
 
 def add_parser(commands: Subparsers, line: str) -> None:
@@ -28,6 +31,9 @@ ipe-emu run --kernel linux-7.3 --boot-policy boot.pol --integrity facts.toml --f
 ipe-emu run --attach ~/securityfs -- sh""",
     )
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run; options end before it")
+    parser.add_argument(
+        "--attach", metavar="DIR", help="have the emulator that is mounted on DIR judge, with its own facts"
+    )
     parser.add_argument("--fail-on-deny", action="store_true", help="exit with 1 if anything was denied")
     parser.add_argument("--debug", action="store_true", help="say how the sandbox is made, step by step")
     add_lsm_options(parser)
@@ -37,7 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is its own, or one of ours."""
     if not args.argv:
         raise UserError("which command? ipe-emu run [options] -- COMMAND [ARGUMENT ...]")
-    profile = announce(args.kernel)
+    if args.attach is not None:
+        if given := described_machine(args):
+            raise UserError(f"{given[0]} and --attach: the emulator that is mounted there has its own")
+        with connect(args.attach) as connection:
+            profile = PROFILES[status_of(connection)["profile"]]
+    else:
+        profile = announce(args.kernel)
     declared = declared_of(args)
     from ipe_emu.exec_hook.run import RunOptions
     from ipe_emu.exec_hook.run import run as run_command
@@ -48,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             command=args.argv,
             make_ipe=lambda: build_ipe(args, profile, emit),
             declared=declared,
+            attach=Path(args.attach) if args.attach is not None else None,
             audit_log=audit_file(args.audit_log),
             fail_on_deny=args.fail_on_deny,
             debug=args.debug,

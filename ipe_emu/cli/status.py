@@ -55,6 +55,6 @@ def _print(status: dict[str, Any]) -> None:
         state = "active" if policy["active"] else "loaded"
         signed = "signed" if policy["signed"] else "not signed"
         name = escape(policy["name"].encode("latin-1"))
-        print(f"  {state}  {name} {policy['version']}, {policy['rules']} rules, {signed}")
+        print(f"  {state}  {name} {policy['version']}, {policy['rules']} rule(s), {signed}")
     for refusal in status["upstream_refusals"]:
         print(f"a released kernel refuses: {escape(refusal['what'])} ({refusal['answer']})")

@@ -83,7 +83,7 @@ def test_status_tells_what_is_held(mount: Mount, directory: Path) -> None:
     mount("--kernel", "linux-7.3", *BOOT)
     shown = spawn("status", directory)
     assert b"kernel profile linux-7.3" in shown.stderr
-    assert b"active  AllowInitramfs 0.0.0, 4 rules, not signed" in shown.stdout
+    assert b"active  AllowInitramfs 0.0.0, 4 rule(s), not signed" in shown.stdout
     status = json.loads(spawn("status", "--json", directory).stdout)
     assert status["kernel"] == "linux-7.3"
     assert status["active"] == "AllowInitramfs"

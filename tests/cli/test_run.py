@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,38 @@ def test_sigterm_to_the_supervisor_ends_the_tree() -> None:
     assert process.stdout.read() == b""
     process.stdout.close()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """An emulator, mounted for whoever asks it."""
+    directory = tmp_path / "mounted"
+    directory.mkdir()
+    done = spawn("mount", directory, "--kernel", "linux-7.3", *DENYING, "--boot-verified", "/usr")
+    assert done.returncode == 0, done.stderr
+    yield directory
+    spawn("umount", directory)
+
+
+def test_attached_to_a_mounted_emulator_that_one_judges(mounted: Path) -> None:
+    script = f"cat {NODE}/policies/AllowInitramfs/active; echo 0 >{NODE}/enforce"
+    done = spawn("run", "--attach", mounted, "--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (0, b"1"), done.stderr
+    assert b"kernel profile linux-7.3" in done.stderr
+    assert (mounted / "ipe" / "enforce").read_text() == "0"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--kernel", "op-policy"), ("--boot-policy", BOOT_POLICY), ("--boot-verified", "/usr"), ("--cmdline", "x")],
+)
+def test_attached_it_takes_no_description_of_another_machine(mounted: Path, option: tuple[str, str | Path]) -> None:
+    done = spawn("run", "--attach", mounted, *option, "--", "true")
+    assert done.returncode == 2
+    assert f"{option[0]} and --attach".encode() in done.stderr
+
+
+def test_attached_to_nothing(tmp_path: Path) -> None:
+    done = spawn("run", "--attach", tmp_path, "--", "true")
+    assert done.returncode == 2
+    assert b"no emulator is mounted there" in done.stderr
