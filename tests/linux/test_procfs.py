@@ -1,0 +1,121 @@
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ipe_emu.linux import procfs
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # nothing announces that a process has gone to sleep
+
+
+def test_own_credentials() -> None:
+    own = procfs.credentials(os.getpid())
+    assert (own.tgid, own.uid, own.euid, own.fsuid) == (os.getpid(), os.getuid(), os.geteuid(), os.geteuid())
+    assert (own.gid, own.egid, own.fsgid) == (os.getgid(), os.getegid(), os.getegid())
+    assert set(own.groups) == set(os.getgroups())
+    assert own.has(procfs.CAP_MAC_ADMIN) == (os.geteuid() == 0)
+
+
+@pytest.mark.needs("root")
+def test_credentials_of_another() -> None:
+    drop = ["setpriv", "--reuid", "1234", "--regid", "77", "--groups", "5,6"]
+    with subprocess.Popen([*drop, "cat"], stdin=subprocess.PIPE) as process:
+        wait_for(lambda: procfs.comm(process.pid) == b"cat")
+        found = procfs.credentials(process.pid)
+        assert (found.fsuid, found.fsgid, found.groups, found.cap_effective) == (1234, 77, (5, 6), 0)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_a_name_is_given_as_it_is() -> None:
+    ctypes.CDLL(None).prctl(15, b"a b\n\xff")
+    try:
+        assert procfs.comm(threading.get_native_id()) == b"a b\n\xff"
+    finally:
+        ctypes.CDLL(None).prctl(15, b"pytest")
+
+
+def test_the_waiting_system_call_of_a_thread() -> None:
+    readable, writable = os.pipe()
+    outcome: list[bytes] = []
+    tids: list[int] = []
+
+    def read() -> None:
+        tids.append(threading.get_native_id())
+        outcome.append(os.read(readable, 123))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        wait_for(lambda: bool(tids) and (call := procfs.current_syscall(tids[0])) is not None and call.name == "read")
+        call = procfs.current_syscall(tids[0])
+        assert call is not None
+        assert call.arguments[0] == readable
+        assert call.arguments[2] == 123
+        assert procfs.descriptor_inode(tids[0], readable) == os.fstat(readable).st_ino
+        assert tids[0] in procfs.threads(os.getpid())
+        assert tids[0] in set(procfs.all_threads())
+    finally:
+        os.write(writable, b"x")
+        reader.join()
+        os.close(readable)
+        os.close(writable)
+
+
+def test_a_closed_descriptor_has_no_inode() -> None:
+    assert procfs.descriptor_inode(os.getpid(), 987654) is None
+
+
+def test_memory() -> None:
+    data = ctypes.create_string_buffer(os.urandom(3 << 20))
+    address = ctypes.addressof(data)
+    assert procfs.read_memory(os.getpid(), address, len(data.raw)) == data.raw
+    assert procfs.read_memory(os.getpid(), address, 0) == b""
+    with pytest.raises(OSError, match="Input/output"):
+        procfs.read_memory(os.getpid(), 4096, 8)
+
+
+def test_namespaces_are_told_apart() -> None:
+    own = procfs.namespace("self", "user")
+    assert own == Path("/proc/self/ns/user").stat().st_ino
+    code = "from ipe_emu.linux import procfs; print(procfs.namespace('self', 'user'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert int(done.stdout) == own
+
+
+@pytest.mark.needs("user-namespaces")
+def test_the_namespace_of_a_process_in_another() -> None:
+    with subprocess.Popen(["unshare", "--user", "cat"], stdin=subprocess.PIPE) as process:
+        wait_for(lambda: procfs.comm(process.pid) == b"cat")
+        assert procfs.namespace(process.pid, "user") != procfs.namespace("self", "user")
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_mounts_and_superblocks() -> None:
+    fd = os.open("/proc", os.O_PATH)
+    try:
+        mount = procfs.mount_id("self", fd)
+    finally:
+        os.close(fd)
+    assert procfs.superblock_name("self", mount) == "proc"
+    assert procfs.superblock_name("self", 1 << 30) == "?"
+
+
+def test_who_is_gone_is_said_to_be() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for ask in (procfs.credentials, procfs.comm, procfs.current_syscall, procfs.threads):
+        with pytest.raises((FileNotFoundError, ProcessLookupError)):
+            ask(process.pid)
