@@ -2,7 +2,7 @@
 
 In a mount namespace of its own: a /dev/fuse that everybody may open, the directories that the program needs reachable
 for everybody, a name for the user, and subordinate ids if wanted.
-Used as a program: ``python tests/rootless.py IDS PATH... -- COMMAND...``.
+Used as a program: ``python tests/rootless.py fuse|no-fuse IDS PATH... -- COMMAND...``.
 """
 
 import os
@@ -19,27 +19,33 @@ _PLACE = Path("/mnt")
 FUSE_DEVICE = os.makedev(10, 229)
 
 
-def as_plain_user(command: Sequence[str], *reachable: Path, subordinate_ids: bool = False) -> list[str]:
+def as_plain_user(
+    command: Sequence[str], *reachable: Path, subordinate_ids: bool = False, fuse: bool = True
+) -> list[str]:
     """The command line that runs ``command`` as UID, to whom ``reachable`` is made so (owner and mode stay)."""
     needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix), *reachable]
     ids = ":".join(map(str, SUBORDINATE)) if subordinate_ids else "none"
-    return [sys.executable, __file__, ids, *map(str, needed), "--", *command]
+    return [sys.executable, __file__, "fuse" if fuse else "no-fuse", ids, *map(str, needed), "--", *command]
 
 
 def _main() -> None:
     separator = sys.argv.index("--")
-    ids, command = sys.argv[1], sys.argv[separator + 1 :]
+    mode, ids = (0o666 if sys.argv[1] == "fuse" else 0o600), sys.argv[2]
+    command = sys.argv[separator + 1 :]
     namespaces.unshare(Namespace.MOUNT)
     mounts.make_private()
-    _make_reachable([Path(word).resolve() for word in sys.argv[2:separator]])
+    _make_reachable([Path(word).resolve() for word in sys.argv[3:separator]])
     _mount_tmpfs(_PLACE)
-    os.mknod(_PLACE / "fuse", stat.S_IFCHR | 0o666, FUSE_DEVICE)
-    (_PLACE / "fuse").chmod(0o666)
+    os.mknod(_PLACE / "fuse", stat.S_IFCHR | mode, FUSE_DEVICE)
+    (_PLACE / "fuse").chmod(mode)
     _cover(Path("/dev/fuse"), _PLACE / "fuse")
     _append("/etc/passwd", f"{NAME}:x:{UID}:{UID}::/:/bin/sh")
     _append("/etc/group", f"{NAME}:x:{UID}:")
     for file in ("/etc/subuid", "/etc/subgid"):
         _append(file, f"{NAME}:{ids}" if ids != "none" else "# none")
+    for fd in (0, 1, 2):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, UID, UID)  # as pipes of his own would be
     os.setgroups([])
     os.setresgid(UID, UID, UID)
     os.setresuid(UID, UID, UID)

@@ -51,14 +51,9 @@ def _build(channel: Channel, blueprint: Blueprint) -> int:
         channel.send("fuse", fds=[fuse, root])
         os.close(fuse)
         os.close(root)
-    # What was mounted up to here belongs to the outer user namespace, and is locked in the copy that is made now.
-    namespaces.unshare(Namespace.USER | Namespace.MOUNT)
-    channel.ask("unshared")
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
-    process.die_with_parent()
-    # The tree has the same ids, and root's power in the same user namespace.
-    process.set_dumpable(False)
+    if not blueprint.shielded:
+        # Made from here, the pid namespace belongs to the tree's root, who can then mount a /proc of it anywhere.
+        init.enter_user_namespace(blueprint)
     namespaces.unshare(Namespace.PID)
     agent = os.pidfd_open(os.getpid())
     pid_1 = os.fork()

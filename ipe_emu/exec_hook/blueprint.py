@@ -52,21 +52,24 @@ class Command:
 class Blueprint:
     """The sandbox: mounts (see `mount_plan`), what to run in it, and which system calls are to be judged.
 
-    ``own_securityfs`` is false where ``steps`` show one that is served elsewhere. ``located`` are the paths whose
-    mounts are to be told to the supervisor.
+    ``own_securityfs`` is false where ``steps`` show one that is served elsewhere. ``user_namespace`` is a descriptor of
+    the tree's, whose root is ``root`` outside; ``shielded`` if that is root there too (`footing.Kind`). ``located`` are
+    the paths whose mounts are to be told to the supervisor.
     """
 
     steps: Sequence[Step]
     own_securityfs: bool
-    read_only_controls: bool
+    user_namespace: int
+    root: int
+    shielded: bool
     located: Sequence[Path]
     rules: Sequence[Rule]
     command: Command
 
     @property
     def proc(self) -> Proc:
-        """The last step, which PID 1 takes: it needs the new pid namespace."""
-        return Proc(self.read_only_controls)
+        """The last step, which PID 1 takes: it is of the new pid namespace."""
+        return Proc(read_only_controls=self.shielded)
 
     def describe(self) -> list[str]:
         """Return what will be done to the mount namespace, in words and in order."""

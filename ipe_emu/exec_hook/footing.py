@@ -1,51 +1,155 @@
-"""What the caller stands on: real root, root of some namespace, or a plain user who first becomes that.
+"""What the caller stands on, and the user namespace that the rehearsed tree gets.
 
-Afterwards this process has CAP_SYS_ADMIN over a user namespace, below which the rehearsed tree gets its own.
+A plain user first becomes root of a user namespace of his own. Below the namespace that the caller is root of, the
+tree gets another one: what is mounted above it is locked in the tree's copy, and nothing that it does reaches us.
+
+Real root's tree must not be real root too: it would own the disks, the kernel's controls, and the trust of every
+system service. Its ids are shifted to some that nobody has, and the host's files are handed to it through mounts that
+shift them back (mount_setattr(2), MOUNT_ATTR_IDMAP). Where that cannot be, its ids are root's, and a shield keeps
+from it what root owns by file permissions alone.
 """
 
 import contextlib
+import enum
+import errno
 import os
 import pwd
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError
-from ipe_emu.linux import capabilities, namespaces, process
+from ipe_emu.linux import capabilities, mounts, namespaces, process
 from ipe_emu.linux.capabilities import Capability
+from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.namespaces import IdMap, IdRange, Namespace
 
 _SUBUID: Final = Path("/etc/subuid")
 _SUBGID: Final = Path("/etc/subgid")
+#: The first of as many ids that stand for 0 and up in a tree of real root's: far above those that anybody is given.
+_SHIFT: Final = 1 << 30
+_SHIFTED: Final = IdMap((IdRange(0, _SHIFT, _SHIFT),), (IdRange(0, _SHIFT, _SHIFT),), setgroups=True)
+
+
+class Kind(enum.Enum):
+    """What the tree's root is outside; the value says it in words."""
+
+    PLAIN = "the user who runs it"
+    SHIFTED = "a user id that nobody else has"
+    SHIELDED = "root, kept from devices and from the kernel's controls"
 
 
 @frozen
 class Footing:
-    """How the sandbox is founded.
+    """``user_namespace`` is a descriptor of the tree's; ``root`` the uid and gid of its root outside."""
 
-    ``ids`` is the map of the rehearsed tree's user namespace; ``owns_disks`` says that its root is the machine's root
-    as far as file permissions go; ``notes`` is what the user should know of it.
-    """
-
-    ids: IdMap
-    owns_disks: bool
+    kind: Kind
+    user_namespace: int
+    root: int
     notes: tuple[str, ...] = ()
 
 
-def obtain() -> Footing:
+def obtain(*, mountable_only: bool = False) -> Footing:
     """Find out, and if need be enter a user namespace of our own. Must run before this process has threads.
 
+    ``mountable_only``: what is to be seen inside includes a mount whose files cannot be shifted (an emulator's).
     CannotEmulateError where the machine does not allow it.
     """
-    if capabilities.has(Capability.SYS_ADMIN):
-        return Footing(namespaces.current_map(), owns_disks=namespaces.is_initial())
-    notes = _enter_user_namespace()
     if not capabilities.has(Capability.SYS_ADMIN):
-        raise CannotEmulateError(
-            "a user namespace can be made here but gives no privileges in it (AppArmor restricts them)"
-        )
-    return Footing(namespaces.current_map(), owns_disks=False, notes=notes)
+        notes = _enter_user_namespace()
+        if not capabilities.has(Capability.SYS_ADMIN):
+            raise CannotEmulateError(
+                "a user namespace can be made here but gives no privileges in it (AppArmor restricts them)"
+            )
+        return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0, notes)
+    if not namespaces.is_initial():
+        return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0)
+    if not mountable_only:
+        shifted = _make_user_namespace(_SHIFTED)
+        if _can_shift(shifted):
+            return Footing(Kind.SHIFTED, shifted, _SHIFT)
+        os.close(shifted)
+    note = (
+        "the root directory's file system cannot be given to other ids here: the command runs as this machine's root,"
+        " with devices and the kernel's controls kept from it, but not the services that trust root"
+    )
+    notes = () if mountable_only else (note,)
+    return Footing(Kind.SHIELDED, _make_user_namespace(namespaces.current_map()), 0, notes)
+
+
+@contextlib.contextmanager
+def own_pipes(standing: Footing) -> Iterator[None]:
+    """Let the tree's root open our standard streams by name (``>/dev/stderr``), as far as they are pipes.
+
+    A pipe belongs to who made it, and with shifted ids that is somebody else. Terminals and files keep their owners.
+    """
+    changed: list[tuple[int, os.stat_result]] = []
+    if standing.kind is Kind.SHIFTED:
+        for fd in (0, 1, 2):
+            with contextlib.suppress(OSError):  # closed
+                status = os.fstat(fd)
+                if stat.S_ISFIFO(status.st_mode) and str(Path(f"/proc/self/fd/{fd}").readlink()).startswith("pipe:"):
+                    os.fchown(fd, standing.root, standing.root)
+                    changed.append((fd, status))
+    try:
+        yield
+    finally:
+        for fd, status in reversed(changed):
+            os.fchown(fd, status.st_uid, status.st_gid)
+
+
+def _can_shift(user_namespace: int) -> bool:
+    root = mounts.clone(Path("/"), recursive=False)
+    try:
+        mounts.set_attributes(root, Attribute.IDMAP, user_namespace=user_namespace)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EPERM):  # not this file system; or shifted already
+            return False
+        raise
+    finally:
+        os.close(root)
+    return True
+
+
+def _make_user_namespace(ids: IdMap) -> int:
+    """Return a descriptor of a new user namespace below this process's, held by a child for just long enough."""
+    ready_out, ready_in = os.pipe()
+    done_out, done_in = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _hold_user_namespace(ready_in, done_out, (ready_out, done_in))
+    for fd in (ready_in, done_out):
+        os.close(fd)
+    try:
+        said = os.read(ready_out, 4)
+        if said != b"\0":
+            number = int(said or b"0")
+            raise CannotEmulateError(f"no user namespace can be made here: {os.strerror(number or errno.EPERM)}")
+        namespaces.write_maps(child, ids)
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotEmulateError(f"a user namespace cannot be given its ids here: {error.strerror}") from None
+    finally:
+        for fd in (ready_out, done_in):
+            os.close(fd)
+        os.waitpid(child, 0)
+
+
+def _hold_user_namespace(ready: int, done: int, others: tuple[int, ...]) -> NoReturn:
+    try:
+        process.die_with_parent()
+        for fd in others:
+            os.close(fd)
+        namespaces.unshare(Namespace.USER)
+        os.write(ready, b"\0")
+        os.read(done, 1)
+    except OSError as error:
+        os.write(ready, str(error.errno).encode())
+    finally:
+        os._exit(0)
 
 
 def _enter_user_namespace() -> tuple[str, ...]:
@@ -101,7 +205,7 @@ def _after_root(own: int, granted: tuple[tuple[int, int], ...]) -> tuple[IdRange
     return tuple(ranges)
 
 
-def _map_from_outside(supervisor: int, ids: IdMap, entered: int, left: int) -> None:
+def _map_from_outside(supervisor: int, ids: IdMap, entered: int, left: int) -> NoReturn:
     """Be the child that maps: wait for the namespace, map, exit with what became of it. Never returns."""
     status = 1
     try:

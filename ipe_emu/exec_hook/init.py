@@ -27,13 +27,19 @@ _DEFAULT_PATH: Final = b"/bin:/usr/bin"  # as execvp(3) where PATH is not set
 def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
     """Be PID 1; ``agent`` is a pidfd of the parent. A failure before the command starts is reported as ``failed``."""
     try:
+        process.set_name(b"ipe-emu init")
+        if blueprint.shielded:
+            # Before the tree's user namespace: the kernel's controls in it are to be locked read-only.
+            blueprint.proc.execute()
+            enter_user_namespace(blueprint)
+        # A copy of the agent's mounts, in which they are locked, for they belong to the outer user namespace.
+        namespaces.unshare(Namespace.MOUNT)
+        if not blueprint.shielded:
+            blueprint.proc.execute()
         process.die_with_parent()
         if select.select([agent], [], [], 0)[0]:
             os._exit(1)  # the agent died before that took effect
         os.close(agent)
-        process.set_name(b"ipe-emu init")
-        namespaces.unshare(Namespace.MOUNT)
-        blueprint.proc.execute()
         with contextlib.suppress(OSError):
             # By its path: what was mounted over the directory is to be found there.
             os.chdir(blueprint.command.directory)
@@ -51,6 +57,16 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
         channel.report_failure(error)
     finally:
         os._exit(0)
+
+
+def enter_user_namespace(blueprint: Blueprint) -> None:
+    """Make this process root of the tree's user namespace, beyond the reach of the tree, which is that as well."""
+    namespaces.enter(blueprint.user_namespace, Namespace.USER)
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    process.set_dumpable(False)
+    # Forgotten with the change of ids; whoever asked for it before asks again.
+    process.die_with_parent()
 
 
 def _surroundings(blueprint: Blueprint) -> Mapping[str, object]:

@@ -5,16 +5,17 @@ namespace that belongs to the *outer* user namespace: in the copy that the rehea
 they did (``lock_mnt_tree()``), so that not even its root can unmount or remount it.
 """
 
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError
-from ipe_emu.linux import mounts
-from ipe_emu.linux.mounts import Attribute
+from ipe_emu.linux import mounts, procfs
+from ipe_emu.linux.mounts import Attribute, MountInfo
 
 SECURITYFS: Final = Path("/sys/kernel/security")
 _DEV: Final = Path("/dev")
@@ -162,6 +163,59 @@ class ReadOnlyTree:
 
 
 @frozen
+class Shift:
+    """Rebuild the mount tree from copies whose files belong to the ids of another user namespace.
+
+    What cannot be shifted (proc, sysfs, most network file systems) stays as it is: nobody's inside, and open as far as
+    it is to everybody. So does /dev, or the disks would be the tree's; and no other mount may hold devices.
+    """
+
+    user_namespace: int
+
+    def describe(self) -> str:
+        """Return what the step does, in words."""
+        return "give the tree's ids to the files of every mount that allows it, but /dev; no devices on these"
+
+    def execute(self) -> None:
+        """Do it."""
+        copies = [(mount.path, mounts.clone(Path(os.fsdecode(mount.path)), recursive=False)) for mount in _visible()]
+        for path, tree in copies:
+            if _holds_devices(path):
+                continue
+            try:
+                mounts.set_attributes(tree, Attribute.IDMAP | Attribute.NODEV, user_namespace=self.user_namespace)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EPERM):
+                    raise
+        (_, root), *others = copies
+        # Any directory will do: it is not seen again.
+        mounts.attach(root, _PROC)
+        mounts.pivot_root_into(_PROC)
+        for path, tree in others:
+            mounts.attach(tree, Path(os.fsdecode(path)))
+        for _, tree in copies:
+            os.close(tree)
+
+
+def _holds_devices(path: bytes) -> bool:
+    return (path == b"/dev" or path.startswith(b"/dev/")) and path != b"/dev/shm"
+
+
+def _visible() -> Iterator[MountInfo]:
+    """The mounts that a path leads to, parents first; not those that another one covers."""
+    for mount in mounts.mounts():
+        try:
+            fd = os.open(mount.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if procfs.mount_id("self", fd) == mount.id:
+                yield mount
+        finally:
+            os.close(fd)
+
+
+@frozen
 class HarmlessDevices:
     """Let no mount hold devices any more, and cover /dev by one with the devices that every program may use.
 
@@ -240,14 +294,16 @@ class Wanted:
 
     ``verity`` are directories that become mounts of their own, read-only; ``read_only`` are files that the tree may
     read and not write; ``concealed`` are directories it must not reach; ``securityfs`` is a mounted emulator to show,
-    or None for one of its own; ``owns_disks`` says that the tree's root is the machine's root for file permissions.
+    or None for one of its own. ``shift`` is a descriptor of the user namespace whose ids the files are to have;
+    ``shield`` keeps from the tree what its root owns, being the machine's root for file permissions (`footing.Kind`).
     """
 
     verity: Sequence[Path] = ()
     read_only: Sequence[Path] = ()
     concealed: Sequence[Path] = ()
     securityfs: Path | None = None
-    owns_disks: bool = False
+    shift: int | None = None
+    shield: bool = False
 
 
 def plan(wanted: Wanted) -> tuple[Step, ...]:
@@ -258,8 +314,12 @@ def plan(wanted: Wanted) -> tuple[Step, ...]:
     if not _SYS.is_dir():
         raise CannotEmulateError("this machine has no directory /sys to show the emulated securityfs in")
     steps: list[Step] = [MakePrivate()]
-    if wanted.owns_disks:
-        steps += [HarmlessDevices(), ReadOnlyTree(_SYS)] if _SYS.is_mount() else [HarmlessDevices()]
+    if wanted.shift is not None:
+        steps.append(Shift(wanted.shift))
+    if wanted.shield or (wanted.shift is not None and not _DEV.is_mount()):
+        steps.append(HarmlessDevices())
+    if wanted.shield and _SYS.is_mount():
+        steps.append(ReadOnlyTree(_SYS))
     if not SECURITYFS.is_dir():
         steps.append(MakeDirectory(SECURITYFS))
     # Outer directories first: a mount below stays visible in the recursive copy of one above.

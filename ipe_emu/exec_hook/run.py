@@ -12,7 +12,7 @@ from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook import footing, hook, mount_plan
 from ipe_emu.exec_hook.blueprint import Blueprint, Command
 from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator, is_verity, path_of
-from ipe_emu.exec_hook.footing import Footing
+from ipe_emu.exec_hook.footing import Footing, Kind
 from ipe_emu.exec_hook.mount_plan import Wanted
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
@@ -60,18 +60,18 @@ def run(options: RunOptions) -> int:
         else OwnEmulator(options.make_ipe, options.declared)
     )
     concealed = _runtime_directories()
-    standing = footing.obtain()
+    standing = footing.obtain(mountable_only=options.attach is not None)
     blueprint = _blueprint(options, emulator, command, standing, concealed)
     for note in standing.notes:
         _say(note)
     if options.debug:
-        _say(f"sandbox: {standing.ids.describe()}")
+        _say(f"sandbox: root inside is {standing.kind.value}")
         for line in blueprint.describe():
             _say(f"sandbox: {line}")
     report = Report()
     status = FAILED
     try:
-        with Sandbox(blueprint, standing.ids) as sandbox:
+        with footing.own_pipes(standing), Sandbox(blueprint) as sandbox:
             status = _supervise(sandbox, emulator, report)
     except SignalledError as interrupted:
         return interrupted.status
@@ -92,12 +92,15 @@ def _blueprint(
         read_only=[options.audit_log.resolve()] if options.audit_log is not None else [],
         concealed=concealed,
         securityfs=emulator.securityfs,
-        owns_disks=standing.owns_disks,
+        shield=standing.kind is Kind.SHIELDED,
+        shift=standing.user_namespace if standing.kind is Kind.SHIFTED else None,
     )
     return Blueprint(
         steps=mount_plan.plan(wanted),
         own_securityfs=emulator.securityfs is None,
-        read_only_controls=standing.owns_disks,
+        user_namespace=standing.user_namespace,
+        root=standing.root,
+        shielded=standing.kind is Kind.SHIELDED,
         located=[path_of(entry) for entry in emulator.declared],
         rules=hook.rules(securityfs=True),
         command=command,
@@ -107,7 +110,6 @@ def _blueprint(
 def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:
     try:
         emulator.begin(sandbox, report)
-        sandbox.map_ids()
         surroundings = sandbox.surroundings()
         judge, facts = emulator.attach(surroundings)
         exec_hook = hook.ExecHook(

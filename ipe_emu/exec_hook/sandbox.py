@@ -13,8 +13,7 @@ from ipe_emu.errors import CannotEmulateError, IpeEmuError, NotJudgedError
 from ipe_emu.exec_hook import agent
 from ipe_emu.exec_hook.blueprint import Blueprint
 from ipe_emu.exec_hook.channel import Channel, Message
-from ipe_emu.linux import namespaces, process
-from ipe_emu.linux.namespaces import IdMap
+from ipe_emu.linux import process
 from ipe_emu.linux.process import SignalDescriptor, SignalInfo
 
 #: Sent to the supervisor alone, they are meant for the command.
@@ -42,12 +41,13 @@ class SignalledError(IpeEmuError):
 class Surroundings:
     """What the sandbox looks like from inside.
 
-    ``mounts`` are the mount ids of the blueprint's located paths, in order; ``user_namespace`` is the inode number
-    that identifies it; ``securityfs_device`` is the st_dev of the emulated securityfs.
+    ``mounts`` are the mount ids of the blueprint's located paths, in order; ``user_namespace`` is the inode number that
+    identifies it, ``root`` the uid and gid of its root outside; ``securityfs_device`` the emulated securityfs's st_dev.
     """
 
     mounts: tuple[int, ...]
     user_namespace: int
+    root: int
     securityfs_device: int
 
 
@@ -55,13 +55,12 @@ class Surroundings:
 class Sandbox:
     """A sandbox while it lives; leaving the context ends it, and everything in it.
 
-    The calls come in this order: ``fuse`` if the blueprint has a securityfs of its own, ``map_ids``,
-    ``surroundings``, ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
+    The calls come in this order: ``fuse`` if the blueprint has a securityfs of its own, ``surroundings``,
+    ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
     kernel refuses something: nothing of the command has run then.
     """
 
     _blueprint: Blueprint
-    _ids: IdMap
     _channel: Channel = field(init=False)
     _agent: int = field(init=False)
     _agent_ended: int = field(init=False)
@@ -106,19 +105,12 @@ class Sandbox:
         fuse, root = self._expect("fuse").fds
         return fuse, root
 
-    def map_ids(self) -> None:
-        """Wait for the user namespace, and give it its ids."""
-        self._expect("unshared")
-        try:
-            namespaces.write_maps(self._agent, self._ids)
-        except OSError as error:
-            raise CannotEmulateError(f"the ids of a user namespace cannot be mapped: {error.strerror}") from None
-        self._channel.send("mapped")
-
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""
         values = self._expect("ready").values
-        return Surroundings(tuple(values["mounts"]), values["user_namespace"], values["securityfs"])
+        return Surroundings(
+            tuple(values["mounts"]), values["user_namespace"], self._blueprint.root, values["securityfs"]
+        )
 
     def listener(self) -> int:
         """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""

@@ -110,6 +110,7 @@ def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: 
     from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - as above
     from ipe_securityfs.mount import Session  # noqa: PLC0415
     from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
+    from ipe_securityfs.tree import Owner  # noqa: PLC0415
 
     descriptor, root = fuse
     mounted_as = MountedAs(
@@ -118,4 +119,5 @@ def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: 
         removable_at=f"/proc/self/fd/{root}",
         device=surroundings.securityfs_device,
     )
-    return Session(ipe, f"/dev/fd/{descriptor}", mounted_as)
+    owner = Owner(surroundings.root, surroundings.root)
+    return Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner)
