@@ -8,7 +8,8 @@ from pathlib import Path
 
 #: Every process that a test starts inherits this, daemons too: that is how they are found.
 _MARK = "IPE_EMU_TEST_SESSION"
-_GRACE = 10.0
+#: How long what is ending may take, in seconds.
+_GRACE = 5.0
 
 
 def mark_environment() -> None:
@@ -17,11 +18,18 @@ def mark_environment() -> None:
 
 
 def leftovers(below: Path) -> list[str]:
-    """What is left behind, after giving what is just ending the time to end; mounts are looked for ``below``."""
+    """What is left behind, after giving what is just ending the time to end; mounts are looked for ``below``.
+
+    Nothing is left only if two looks in a row find nothing: a process in the middle of execve(2) shows no environment.
+    """
     deadline = time.monotonic() + _GRACE
-    while (found := [*_processes(), *_mounts(below)]) and time.monotonic() < deadline:
+    clean = 0
+    while True:
+        found = [*_processes(), *_mounts(below)]
+        clean = 0 if found else clean + 1
+        if clean == 2 or time.monotonic() > deadline:
+            return found
         time.sleep(0.02)  # nothing announces that a process of somebody else's is gone
-    return found
 
 
 def _processes() -> Iterator[str]:
