@@ -29,7 +29,9 @@ class Access:
     @classmethod
     def of(cls, status: Status) -> "Access":
         """Take them from a caller's status. A capability of a nested user namespace counts here as well."""
-        return cls(status.capable(_CAP_DAC_OVERRIDE), status.fsuid, status.fsgid, status.groups)
+        if status.capable(_CAP_DAC_OVERRIDE):
+            return _OVERRIDE
+        return cls(override=False, fsuid=status.fsuid, fsgid=status.fsgid, groups=status.groups)
 
     def forbids_execution(self, st: os.stat_result, fd: int) -> bool:
         """Whether the mode bits of ``fd``, an O_PATH descriptor with status ``st``, certainly forbid to execute it.
@@ -51,3 +53,6 @@ class Access:
         except OSError:
             return True
         return False
+
+
+_OVERRIDE: Final = Access(override=True)

@@ -1,5 +1,6 @@
 """The thread behind one notification, as its handler sees it: who it is, and the files it names."""
 
+import functools
 import os
 from types import TracebackType
 from typing import Self
@@ -30,8 +31,6 @@ class Caller:
         self._facts = facts
         self._machine = machine
         self._opened: list[int] = []
-        self._subject: Subject | None = None
-        self._root: bytes | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -44,12 +43,10 @@ class Caller:
 
     # -- who ----------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def subject(self) -> Subject:
         """The process as audit records name it: its pid in its own pid namespace, and the calling thread's name."""
-        if self._subject is None:
-            self._subject = Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
-        return self._subject
+        return Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
 
     def renamed(self, comm: bytes) -> Subject:
         """Return the same process under the name that execve(2) gives it (``__set_task_comm()``: 15 bytes)."""
@@ -61,7 +58,7 @@ class Caller:
 
     # -- its files ----------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def access(self) -> Access:
         """What its ids permit it."""
         return Access.of(self.tracee.status)
@@ -113,11 +110,12 @@ class Caller:
 
     def below_root(self, path: bytes) -> bytes:
         """Name a path of the mount namespace as d_path() does for the caller, who may have changed its root."""
-        if self._root is None:
-            self._root = self.tracee.root_path().rstrip(b"/")
-        if self._root and path.startswith(self._root + b"/"):
-            return path[len(self._root) :]
-        return path
+        root = self._root
+        return path[len(root) :] if root and path.startswith(root + b"/") else path
+
+    @functools.cached_property
+    def _root(self) -> bytes:
+        return self.tracee.root_path().rstrip(b"/")
 
     def _keep(self, fd: int) -> int:
         self._opened.append(fd)

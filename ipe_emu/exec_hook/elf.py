@@ -3,6 +3,7 @@
 import enum
 import os
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from attrs import frozen
@@ -14,7 +15,8 @@ _HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 #: A file that is shorter is no ELF file.
 HEADER_SIZE: Final = _HEADER.size
-_SECTION_HEADER_SIZE: Final = 64
+_SECTION_HEADER: Final = struct.Struct("<IIQQQQIIQQ")
+_THIS_MODULE: Final = b".gnu.linkonce.this_module"
 _CLASS_64: Final = 2
 _ET_REL: Final = 1
 _ET_EXEC: Final = 2
@@ -93,18 +95,33 @@ def read_program(fd: int, head: bytes) -> Program:
     return Program(segments, interpreter)
 
 
-def is_relocatable(head: bytes, size: int) -> bool:
-    """Whether a file of ``size`` bytes could be a kernel module of this machine (``elf_validity_cache_copy()``)."""
+def is_module(read: Callable[[int, int], bytes], size: int) -> bool:
+    """Whether ``size`` bytes could be a kernel module of this machine (kernel: ``elf_validity_cache_copy()``).
+
+    ``read`` gives the bytes at an offset, so many or fewer. A module is a relocatable file with exactly one section
+    ``.gnu.linkonce.this_module``; whether it would link with the emulated kernel is not looked at.
+    """
+    head = read(0, _HEADER.size)
     if not head.startswith(_MAGIC) or len(head) < _HEADER.size:
         return False
-    ident, type_, machine, _, _, _, sections, _, _, _, _, section_size, count, _ = _HEADER.unpack_from(head)
+    ident, type_, machine, _, _, _, sections, _, _, _, _, section_size, count, names = _HEADER.unpack(head)
     if ident[4] != _CLASS_64 or machine != _MACHINES.get(syscalls.MACHINE) or type_ != _ET_REL:
         return False
-    return bool(section_size == _SECTION_HEADER_SIZE and count and sections + count * section_size <= size)
+    if section_size != _SECTION_HEADER.size or names >= count or sections + count * section_size > size:
+        return False
+    headers = list(_SECTION_HEADER.iter_unpack(read(sections, count * section_size)))
+    if len(headers) != count:
+        return False
+    offset, length = headers[names][4:6]
+    if offset + length > size:
+        return False
+    table = read(offset, length)
+    found = [header for header in headers if table[header[0] :].partition(b"\0")[0] == _THIS_MODULE]
+    return len(found) == 1
 
 
 def _read(fd: int, size: int, offset: int) -> bytes:
-    if offset >= 1 << 63:
+    if offset + size >= 1 << 63:
         raise BadElfError("an impossible offset")
     data = os.pread(fd, size, offset)
     if len(data) != size:

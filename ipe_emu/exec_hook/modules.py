@@ -5,6 +5,7 @@ import lzma
 import os
 import stat
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 from ipe_emu.errors import KernelError
@@ -19,6 +20,7 @@ _CAP_SYS_MODULE: Final = 16
 _IGNORE_MODVERSIONS: Final = 1
 _IGNORE_VERMAGIC: Final = 2
 _COMPRESSED_FILE: Final = 4
+_GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # More than any module unpacks to.
 _UNPACKED_LIMIT: Final = 256 << 20
@@ -41,15 +43,19 @@ def plan_init_module(caller: Caller, args: tuple[int, ...]) -> Plan:
     """Plan init_module(image, length, parameters): KERNEL_LOAD without a file (``copy_module_from_user()``)."""
     _may_init_module(caller)
     address, length = args[:2]
+    if length > _UNPACKED_LIMIT:
+        raise KernelError(errno.ENOMEM, "larger than any module", "copy_module_from_user")
     if length < elf.HEADER_SIZE:
         raise KernelError(errno.ENOEXEC, "shorter than an ELF header", "copy_module_from_user")
     event = Event(Operation.KMODULE, Hook.KERNEL_LOAD, caller.subject, None)
     try:
-        head = caller.tracee.memory(address, elf.HEADER_SIZE)
+        image = caller.tracee.memory(address, length)
     except OSError:
+        image = b""
+    if len(image) < length:
         unreadable = KernelError(errno.EFAULT, "the module cannot be read", "copy_chunked_from_user")
         return Plan(Fail(unreadable), (event,))
-    return Plan(_outcome(head, length, "a module from memory"), (event,))
+    return Plan(_outcome(_reader(image), length, "a module from memory"), (event,))
 
 
 def kernel_read_file(caller: Caller, number: int, operation: Operation) -> tuple[int, Event]:
@@ -78,26 +84,30 @@ def _outcome_of_file(caller: Caller, fd: int, event: Event, *, compressed: bool)
         return Fail(KernelError(errno.EINVAL, "an empty file", "kernel_read_file"))
     content = caller.readable(fd)
     if not compressed:
-        return _outcome(os.pread(content, elf.HEADER_SIZE, 0), size, name)
+        return _outcome(lambda offset, length: os.pread(content, length, offset), size, name)
     if os.pread(content, len(_ZSTD_MAGIC), 0) == _ZSTD_MAGIC:
         return Refuse(f"{name} is compressed by zstd, which cannot be unpacked here to see whether it is a module")
     unpacked = _unpack(content, size)
     if unpacked is None:
         return Fail(KernelError(errno.EINVAL, "not compressed in a way the kernel knows", "module_decompress"))
-    return _outcome(unpacked, len(unpacked), name)
+    return _outcome(_reader(unpacked), len(unpacked), name)
 
 
 def _unpack(fd: int, size: int) -> bytes | None:
     data = os.pread(fd, size, 0)
+    unpacker = zlib.decompressobj(wbits=31) if data.startswith(_GZIP_MAGIC) else lzma.LZMADecompressor(lzma.FORMAT_XZ)
     try:
-        if data.startswith(b"\x1f\x8b"):
-            return zlib.decompressobj(wbits=31).decompress(data, _UNPACKED_LIMIT)
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, _UNPACKED_LIMIT)
-    except (zlib.error, lzma.LZMAError, EOFError):
+        unpacked = unpacker.decompress(data, _UNPACKED_LIMIT)
+    except (zlib.error, lzma.LZMAError):
         return None
+    return unpacked if unpacker.eof else None
 
 
-def _outcome(head: bytes, size: int, name: str) -> Answer:
-    if not elf.is_relocatable(head, size):
+def _reader(image: bytes) -> Callable[[int, int], bytes]:
+    return lambda offset, length: image[offset : offset + length]
+
+
+def _outcome(read: Callable[[int, int], bytes], size: int, name: str) -> Answer:
+    if not elf.is_module(read, size):
         return Fail(KernelError(errno.ENOEXEC, "no kernel module of this machine", "elf_validity_cache_copy"))
     return Return(0, f"{name} was not loaded: a kernel would load it now, or refuse it for its own reasons")

@@ -20,6 +20,7 @@ _NO_FOLLOW: Final = _PATH_ONLY | os.O_NOFOLLOW
 # What a lookup itself answers; any other errno says that we could not look.
 _LOOKUP_ERRORS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
 
+_OWN_PROGRAM: Final = b"/proc/self/exe"
 # PROC_ROOT_INO in the kernel
 _PROC_ROOT_INODE: Final = 1
 
@@ -34,6 +35,10 @@ def look_up(tracee: Tracee, mounts: Mounts, access: Access, directory: int, path
         raise KernelError(errno.ENOENT, "the path is empty", "getname_flags")
     start = _start(tracee, directory, path)
     try:
+        if path == _OWN_PROGRAM and access.override:
+            found = _own_program(tracee, mounts, start)
+            if found is not None:
+                return found
         if follow and access.override:
             # Whoever meets no /proc/self on the way gets the same answer as the caller; magic links end this attempt.
             # A relative path could leave the caller's root unseen, so it must neither climb nor meet a link.
@@ -63,6 +68,40 @@ def _start(tracee: Tracee, directory: int, path: bytes) -> int:
         return tracee.open_fd(directory)
     except FileNotFoundError:
         raise KernelError(errno.EBADF, f"descriptor {directory} is not open", "path_init") from None
+
+
+def _own_program(tracee: Tracee, mounts: Mounts, root: int) -> int | None:
+    """Return what /proc/self/exe leads to, without a walk: busybox executes its applets so. None if a walk must see."""
+    try:
+        proc = openat2.open_path(root, b"/proc", openat2.RESOLVE_IN_ROOT | openat2.RESOLVE_NO_SYMLINKS)
+    except OSError:
+        return None
+    try:
+        if os.fstat(proc).st_ino != _PROC_ROOT_INODE or mounts.of(tracee.pid, proc).superblock != "proc":
+            return None
+    finally:
+        os.close(proc)
+    return tracee.open_program()
+
+
+def _own_directory(tracee: Tracee, proc: int, *, thread: bool) -> bytes:
+    """Return the caller's directory in the procfs whose root is ``proc`` (``proc_self_get_link()``)."""
+    status = tracee.status
+    born = tracee.start_time()
+    # That procfs belongs to one of the pid namespaces that the caller is in, most likely to the innermost.
+    for level in reversed(range(len(status.ns_tgids))):
+        process, own = status.ns_tgids[level], status.ns_pids[level]
+        name = b"%d/task/%d" % (process, own)
+        try:
+            fd = os.open(name + b"/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        except OSError:
+            continue
+        try:
+            if start_time(os.read(fd, 4096)) == born:
+                return name if thread else b"%d" % process
+        finally:
+            os.close(fd)
+    raise NotJudgedError("/proc/self was asked for in a procfs in which the caller could not be found")
 
 
 class _Walk:
@@ -126,7 +165,7 @@ class _Walk:
             raise KernelError(errno.ELOOP, "too many symbolic links", "pick_link")
         if self._mounts.of(self._tracee.pid, link).superblock == "proc":
             if name in (b"self", b"thread-self") and os.fstat(self._current).st_ino == _PROC_ROOT_INODE:
-                return _components(self._own_name(thread=name == b"thread-self"))
+                return _components(_own_directory(self._tracee, self._current, thread=name == b"thread-self"))
             if self._is_magic(name):
                 self._go(os.open(name, _PATH_ONLY, dir_fd=self._current))
                 return []
@@ -144,25 +183,6 @@ class _Walk:
         except OSError as error:
             return error.errno == errno.ELOOP
         return False
-
-    def _own_name(self, *, thread: bool) -> bytes:
-        """Return the caller's directory in the procfs whose root the walk stands at (``proc_self_get_link()``)."""
-        status = self._tracee.status
-        born = self._tracee.start_time()
-        # That procfs belongs to one of the pid namespaces that the caller is in, most likely to the innermost.
-        for level in reversed(range(len(status.ns_tgids))):
-            process, own = status.ns_tgids[level], status.ns_pids[level]
-            name = b"%d/task/%d" % (process, own)
-            try:
-                fd = os.open(name + b"/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._current)
-            except OSError:
-                continue
-            try:
-                if start_time(os.read(fd, 4096)) == born:
-                    return name if thread else b"%d" % process
-            finally:
-                os.close(fd)
-        raise NotJudgedError("/proc/self was asked for in a procfs in which the caller could not be found")
 
 
 def _components(path: bytes) -> list[bytes]:

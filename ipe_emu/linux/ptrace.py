@@ -86,6 +86,9 @@ def _look(pid: int, options: int) -> tuple[int, int] | None:
     if info.si_code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
         _let_parent_know(pid)
         return None
+    # A stop is the tracer's alone. One at exec must be taken, or the kernel suspects that a tracee whose pid has
+    # changed is mistaken for another (looks_like_a_spurious_pid()).
+    os.waitpid(pid, _WALL)
     return pid, info.si_status
 
 

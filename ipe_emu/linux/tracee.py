@@ -7,35 +7,77 @@ import errno
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 _PAGE: Final = 4096
+# Most strings that are read are paths, and most paths are shorter.
+_CHUNK: Final = 256
+_PIECE: Final = 1 << 20
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC
 _PATH_ONLY: Final = os.O_PATH | os.O_CLOEXEC
 # No /proc file that is read here is longer, but for mountinfo and maps.
 _SMALL_FILE: Final = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
 class Status:
-    """What /proc/PID/status says, with ids as the reader's user namespace has them.
+    """What /proc/PID/status says, with ids as the reader's user namespace has them. Parsed as it is asked.
 
-    ``ns_tgids`` and ``ns_pids`` begin in the reader's pid namespace and end in the thread's own.
+    Every attribute raises ValueError if the text is not that of such a file.
     """
 
-    tgid: int
-    tracer: int
-    fsuid: int
-    fsgid: int
-    groups: tuple[int, ...]
-    effective: int
-    ns_tgids: tuple[int, ...]
-    ns_pids: tuple[int, ...]
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    @property
+    def name(self) -> bytes:
+        """The thread's name, with newlines and backslashes escaped."""
+        if not self._text.startswith(b"Name:\t"):
+            raise ValueError("/proc/PID/status begins unexpectedly")
+        return self._text[6 : self._text.index(b"\n")]
+
+    @property
+    def tgid(self) -> int:
+        """The process's id in the reader's pid namespace."""
+        return int(self._line(b"\nTgid:\t"))
+
+    @property
+    def parent(self) -> int:
+        """The parent's process id in the reader's pid namespace, 0 if it is not in it."""
+        return int(self._line(b"\nPPid:\t"))
+
+    @property
+    def ns_tgids(self) -> tuple[int, ...]:
+        """The process's id in each pid namespace that it is in, from the reader's to its own."""
+        return tuple(map(int, self._line(b"\nNStgid:\t").split()))
+
+    @property
+    def ns_pids(self) -> tuple[int, ...]:
+        """The thread's id in the same namespaces."""
+        return tuple(map(int, self._line(b"\nNSpid:\t").split()))
+
+    @property
+    def fsuid(self) -> int:
+        """The user id that counts for files."""
+        return int(self._line(b"\nUid:\t").split()[3])
+
+    @property
+    def fsgid(self) -> int:
+        """The group id that counts for files."""
+        return int(self._line(b"\nGid:\t").split()[3])
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The supplementary groups."""
+        return tuple(map(int, self._line(b"\nGroups:\t").split()))
 
     def capable(self, capability: int) -> bool:
-        """Whether the capability is in the effective set (of the thread's own user namespace)."""
-        return bool(self.effective >> capability & 1)
+        """Whether a capability is in the effective set (of the thread's own user namespace)."""
+        return bool(int(self._line(b"\nCapEff:\t"), 16) >> capability & 1)
+
+    def _line(self, key: bytes) -> bytes:
+        # The name comes first and holds no bare newline, so that it cannot look like another line.
+        begin = self._text.index(key) + len(key)
+        return self._text[begin : self._text.index(b"\n", begin)]
 
 
 class Mapping(NamedTuple):
@@ -58,24 +100,15 @@ class Tracee:
         self.pid = pid
         self._proc = b"/proc/%d/" % pid
 
-    def comm(self) -> bytes:
-        """Return the thread's name, at most 15 bytes, any but NUL."""
-        return self._read(b"comm").removesuffix(b"\n")
-
     @functools.cached_property
     def status(self) -> Status:
         """What /proc/PID/status says, read once."""
-        fields = dict(line.split(b":\t", 1) for line in self._read(b"status").split(b"\n") if b":\t" in line)
-        return Status(
-            tgid=int(fields[b"Tgid"]),
-            tracer=int(fields[b"TracerPid"]),
-            fsuid=int(fields[b"Uid"].split()[3]),
-            fsgid=int(fields[b"Gid"].split()[3]),
-            groups=tuple(map(int, fields[b"Groups"].split())),
-            effective=int(fields[b"CapEff"], 16),
-            ns_tgids=tuple(map(int, fields[b"NStgid"].split())),
-            ns_pids=tuple(map(int, fields[b"NSpid"].split())),
-        )
+        return Status(self._read(b"status"))
+
+    def comm(self) -> bytes:
+        """Return the thread's name, at most 15 bytes, any but NUL."""
+        name = self.status.name
+        return self._read(b"comm").removesuffix(b"\n") if b"\\" in name else name
 
     def user_namespace(self) -> int:
         """Return the inode number that identifies the thread's user namespace."""
@@ -97,7 +130,7 @@ class Tracee:
             found = b""
             while len(found) < limit:
                 # Never across a page border in one read: the next page may not be there.
-                size = min(_PAGE - (address + len(found)) % _PAGE, limit - len(found))
+                size = min(_PAGE - (address + len(found)) % _PAGE, limit - len(found), _CHUNK)
                 piece = _pread(memory, size, address + len(found))
                 end = piece.find(b"\0")
                 if end >= 0:
@@ -113,11 +146,26 @@ class Tracee:
         """Return ``size`` bytes at ``address``, or fewer if the rest cannot be read; OSError EIO if nothing can."""
         memory = os.open(self._proc + b"mem", _READ)
         try:
-            return _pread(memory, size, address)
+            found = bytearray()
+            while len(found) < size:
+                try:
+                    piece = _pread(memory, min(size - len(found), _PIECE), address + len(found))
+                except OSError:
+                    if found:
+                        break
+                    raise
+                if not piece:
+                    break
+                found += piece
+            return bytes(found)
         finally:
             os.close(memory)
 
     # -- files --------------------------------------------------------------------------------------------------
+
+    def open_program(self) -> int:
+        """Return an O_PATH descriptor of the program that the thread runs (``mm->exe_file``)."""
+        return os.open(self._proc + b"exe", _PATH_ONLY)
 
     def open_root(self) -> int:
         """Return an O_PATH descriptor of the thread's root directory."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,8 +29,9 @@ from ipe_emu.lsm import Decision, Ipe
 from ipe_emu.profiles import PROFILES
 
 ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 20
 
+_ASKED = re.compile(r'ipe_hook=(\w+) .* path="?([^" ]*)"? ')
 HELLO = '#include <stdio.h>\nint main(void) { puts("hello"); return 0; }\n'
 
 
@@ -70,16 +72,17 @@ def model(policy: str, emit: Callable[[AuditRecord], None], *, kernel: str = "li
     return ipe
 
 
-class Rehearsal:
-    """One rehearsed Python process. `run` executes statements in it and returns their ``result``."""
+class Inside:
+    """A Python process with a root of its own. `run` executes statements in it and returns their ``result``.
 
-    def __init__(
-        self, mount_point: Path, tree: Path | None = None, *, securityfs: int | None = None, **options: Any
-    ) -> None:
+    This one is under no filter: what it sees are the answers of the machine's kernel.
+    """
+
+    def __init__(self, mount_point: Path, tree: Path | None = None, **options: Any) -> None:
         mount_point.mkdir(exist_ok=True)
         ours, theirs = socket.socketpair()
         ours.settimeout(LIMIT_SECONDS)
-        options |= {"tree": tree and str(tree), "mount_point": str(mount_point), "securityfs": securityfs is not None}
+        options = {"bare": True, "tree": tree and str(tree), "mount_point": str(mount_point)} | options
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -91,47 +94,19 @@ class Rehearsal:
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "fs")])},
         )
         theirs.close()
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-        if not fds:
-            raise RuntimeError(f"the tracee ended with {self._process.wait(LIMIT_SECONDS)}")
         self.pid = self._process.pid
-        self.records: list[AuditRecord] = []
-        self.notes = Notes()
-        self.calls: list[Notification] = []
-        self.facts = FactsOfDevices()
-        self._securityfs = securityfs
-        self._hook = self._new_hook(model("", self.records.append))
-        self._listener = Listener(fds[0])
-        self._thread = threading.Thread(target=self._answer, daemon=True)
-        self._thread.start()
-        ours.send(b"G")
         self._channel = ours
+        greeting, self._fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not greeting:
+            raise RuntimeError(f"the tracee ended with {self._process.wait(LIMIT_SECONDS)}")
         self._lines = ours.makefile("rw")
 
-    def _new_hook(self, ipe: Ipe) -> ExecHook:
-        machine = Path(f"/proc/{self._process.pid}/ns/user").stat().st_ino
-        return ExecHook(ipe, self.facts, self.notes, machine=machine, securityfs=self._securityfs)
-
-    def use(self, ipe: Ipe) -> None:
-        """Have ``ipe`` decide from now on. Only between two `run`."""
-        self._hook = self._new_hook(ipe)
-
-    def policy(self, rules: str, *, kernel: str = "linux-7.3", enforce: bool = True) -> None:
-        """Have a policy of ``rules`` decide from now on, with what was recorded so far forgotten."""
-        self.use(model(rules, self.records.append, kernel=kernel, enforce=enforce))
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget what was recorded and reported."""
-        self.records.clear()
-        self.calls.clear()
-        self.notes.denials.clear()
-        self.notes.unjudged.clear()
-        self.notes.undone.clear()
+    def _go(self) -> None:
+        self._channel.send(b"G")
 
     def device_of(self, path: str) -> int:
         """Return the device number of what lies at ``path`` inside."""
-        return Path(f"/proc/{self._process.pid}/root{path}").stat().st_dev
+        return Path(f"/proc/{self.pid}/root{path}").stat().st_dev
 
     def run(self, source: str, **values: Any) -> Any:
         """Execute statements inside, with ``values`` as names; return what they leave in ``result``."""
@@ -142,16 +117,8 @@ class Rehearsal:
         assert "traceback" not in answer, answer["traceback"]
         return answer["value"]
 
-    def _answer(self) -> None:
-        while (notification := self._listener.receive()) is not None:
-            self.calls.append(notification)
-            self._hook.answer(self._listener, notification)
-
-    def texts(self) -> list[str]:
-        """Return the texts of the audit records so far."""
-        return [record.text.decode("utf-8", "surrogateescape") for record in self.records]
-
     def __enter__(self) -> Self:
+        self._go()
         return self
 
     def __exit__(
@@ -163,6 +130,59 @@ class Rehearsal:
             self._process.wait(5)
         self._process.kill()
         self._process.wait(LIMIT_SECONDS)
+
+
+class Rehearsal(Inside):
+    """The same under the filter, with a hook that answers in a thread. At first no policy is active."""
+
+    def __init__(
+        self, mount_point: Path, tree: Path | None = None, *, securityfs: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(mount_point, tree, bare=False, securityfs=securityfs is not None, **options)
+        self.records: list[AuditRecord] = []
+        self.notes = Notes()
+        self.calls: list[Notification] = []
+        self.facts = FactsOfDevices()
+        self._securityfs = securityfs
+        self._hook = self._new_hook(model("", self.records.append))
+        self._listener = Listener(self._fds[0])
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
+
+    def _new_hook(self, ipe: Ipe) -> ExecHook:
+        machine = Path(f"/proc/{self.pid}/ns/user").stat().st_ino
+        return ExecHook(ipe, self.facts, self.notes, machine=machine, securityfs=self._securityfs)
+
+    def policy(self, rules: str, *, kernel: str = "linux-7.3", enforce: bool = True) -> None:
+        """Have a policy of ``rules`` decide from now on, with what was recorded so far forgotten."""
+        self._hook = self._new_hook(model(rules, self.records.append, kernel=kernel, enforce=enforce))
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was recorded and reported."""
+        self.records.clear()
+        self.calls.clear()
+        self.notes.denials.clear()
+        self.notes.unjudged.clear()
+        self.notes.undone.clear()
+
+    def texts(self) -> list[str]:
+        """Return the texts of the audit records so far."""
+        return [record.text.decode("utf-8", "surrogateescape") for record in self.records]
+
+    def asked(self) -> list[str]:
+        """Return the hooks and paths of the audit records so far, such as ``MMAP /bin/true``."""
+        return [f"{found[1]} {found[2]}" for text in self.texts() if (found := _ASKED.search(text))]
+
+    def _answer(self) -> None:
+        while (notification := self._listener.receive()) is not None:
+            self.calls.append(notification)
+            self._hook.answer(self._listener, notification)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
         self._thread.join(LIMIT_SECONDS)
         assert not self._thread.is_alive(), "processes are left under the filter"
         self._listener.close()

@@ -132,6 +132,13 @@ def memfd_of(path: str, name: str = "m", flags: int = 0) -> int:
     return fd
 
 
+def put(path: str, content: bytes, mode: int = 0o755) -> None:
+    """Write a file anew, so that nobody has it open."""
+    Path(path).unlink(missing_ok=True)
+    Path(path).write_bytes(content)
+    Path(path).chmod(mode)
+
+
 def outcome(function: Any) -> dict[str, Any]:
     """Call ``function``; return an error it raises as the recorder did, else ok."""
     try:
@@ -155,9 +162,12 @@ def main() -> None:
     for source in options.get("before", ()):
         exec(source, globals())
     call("prctl", PR_SET_NAME, b"init", 0, 0, 0)
-    listener = seccomp.install(rules(securityfs=options.get("securityfs", False)))
-    socket.send_fds(channel, [b"L"], [listener])
-    os.close(listener)
+    if options.get("bare"):
+        channel.send(b"B")
+    else:
+        listener = seccomp.install(rules(securityfs=options.get("securityfs", False)))
+        socket.send_fds(channel, [b"L"], [listener])
+        os.close(listener)
     channel.recv(1)
     with channel.makefile("rw") as lines:
         for line in lines:
