@@ -1,6 +1,7 @@
 """mprotect(2) and pkey_mprotect(2) with PROT_EXEC: one MPROTECT event for each mapping that was not executable."""
 
 import errno
+import mmap
 from typing import Final
 
 from ipe_emu.errors import KernelError
@@ -14,7 +15,7 @@ _PROT_GROWSDOWN: Final = 0x01000000
 _PROT_GROWSUP: Final = 0x02000000
 # PROT_READ, PROT_WRITE, PROT_EXEC, PROT_SEM; aarch64 adds PROT_BTI and PROT_MTE (arch_validate_prot())
 _PROT_KNOWN: Final = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20
-_PAGE: Final = 4096
+_PAGE: Final = mmap.PAGESIZE
 _ADDRESS_MASK: Final = (1 << 64) - 1
 
 

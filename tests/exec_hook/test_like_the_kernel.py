@@ -299,6 +299,7 @@ def test_a_mapped_file_that_was_deleted(bare: Inside, hooked: Rehearsal) -> None
     if os.geteuid() == 0:
         assert_same(bare, hooked, source)
     else:
+        hooked.policy("")
         assert hooked.run(source) == {"error": "EPERM"}
         assert "no longer found" in hooked.notes.unjudged[0][1]
 

@@ -19,7 +19,7 @@ from attrs import define, field
 
 from ipe_emu.audit import AuditRecord
 from ipe_emu.event import Subject
-from ipe_emu.exec_hook.hook import ExecHook
+from ipe_emu.exec_hook.hook import ExecHook, Judge
 from ipe_emu.exec_hook.plan import Event
 from ipe_emu.integrity.declared import OpenFile
 from ipe_emu.integrity.facts import NO_FACTS, Facts
@@ -142,21 +142,25 @@ class Rehearsal(Inside):
         self.records: list[AuditRecord] = []
         self.notes = Notes()
         self.calls: list[Notification] = []
-        self.facts = FactsOfDevices()
-        self._securityfs = securityfs
+        self.facts: Any = FactsOfDevices()
+        self.securityfs = securityfs
         self._hook = self._new_hook(model("", self.records.append))
         self._listener = Listener(self._fds[0])
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
 
-    def _new_hook(self, ipe: Ipe) -> ExecHook:
+    def _new_hook(self, ipe: Judge) -> ExecHook:
         machine = Path(f"/proc/{self.pid}/ns/user").stat().st_ino
-        return ExecHook(ipe, self.facts, self.notes, machine=machine, securityfs=self._securityfs)
+        return ExecHook(ipe, self.facts, self.notes, machine=machine, securityfs=self.securityfs)
+
+    def judge(self, judge: Judge) -> None:
+        """Have another judge decide from now on."""
+        self._hook = self._new_hook(judge)
+        self.forget()
 
     def policy(self, rules: str, *, kernel: str = "linux-7.3", enforce: bool = True) -> None:
         """Have a policy of ``rules`` decide from now on, with what was recorded so far forgotten."""
-        self._hook = self._new_hook(model(rules, self.records.append, kernel=kernel, enforce=enforce))
-        self.forget()
+        self.judge(model(rules, self.records.append, kernel=kernel, enforce=enforce))
 
     def forget(self) -> None:
         """Forget what was recorded and reported."""

@@ -1,0 +1,85 @@
+"""Scripts, binfmt_misc registrations and ELF headers as values."""
+
+from pathlib import Path
+
+import pytest
+
+from ipe_emu.errors import NotJudgedError
+from ipe_emu.exec_hook import binfmt_misc, elf, script
+from ipe_emu.exec_hook.binfmt_misc import Format
+
+
+def head(text: bytes) -> bytes:
+    return text[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("text", "interpreter"),
+    [
+        (b"#!/bin/sh\n", b"/bin/sh"),
+        (b"#! \t /bin/sh \t -x\n", b"/bin/sh"),
+        (b"#!/bin/sh", b"/bin/sh"),
+        (b"#!/bin/sh\r\n", b"/bin/sh\r"),
+        (b"#!\n", None),
+        (b"#! \t\n", None),
+        (b"#!", b""),  # a NUL ends it: the empty name, which the kernel opens as a directory
+        (b"#!/" + b"a" * 251 + b"\n", b"/" + b"a" * 251),
+        (b"#!/" + b"a" * 253 + b"\n", None),  # the newline is out of sight
+        (b"#!/" + b"a" * 252 + b" ", b"/" + b"a" * 252),
+        (b"#!/" + b"a" * 300, None),
+        (b"#!" + b" " * 300, None),
+    ],
+)
+def test_interpreters(text: bytes, interpreter: bytes | None) -> None:
+    assert script.is_script(head(text))
+    assert script.interpreter_of(head(text)) == interpreter
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    (tmp_path / "status").write_text("enabled\n")
+    (tmp_path / "register").write_text("")
+    (tmp_path / "qemu").write_text(
+        "enabled\ninterpreter /usr/bin/qemu\nflags: OCF\noffset 0\nmagic 7f454c4600b7\nmask ffffffff00ff\n"
+    )
+    (tmp_path / "java").write_text("enabled\ninterpreter /usr/bin/java wrapper\nflags: \nextension .jar\n")
+    (tmp_path / "off").write_text("disabled\ninterpreter /usr/bin/off\nflags: \noffset 2\nmagic 4d5a\n")
+    (tmp_path / "at").write_text("enabled\ninterpreter /usr/bin/at\nflags: P\noffset 8\nmagic 4149\n")
+    return tmp_path
+
+
+def test_registrations(registry: Path) -> None:
+    formats = binfmt_misc.registered(str(registry))
+    assert {f.name: f.flags for f in formats} == {"qemu": "OCF", "java": "", "at": "P"}
+    cases = {
+        (b"\x7fELF\x99\xb7", b"x"): b"/usr/bin/qemu",
+        (b"\x7fELF\x00\xb8", b"x"): None,
+        (b"anything", b"/a/b.jar"): b"/usr/bin/java wrapper",
+        (b"anything", b"/a.jar/b"): None,
+        (b"anything", b"jar"): None,
+        (b"12345678AI", b"x"): b"/usr/bin/at",
+        (b"12MZ", b"x"): None,
+        (b"", b"x"): None,
+    }
+    for (text, name), interpreter in cases.items():
+        found = binfmt_misc.match(formats, head(text), name)
+        assert (found.interpreter if found else None) == interpreter, (text, name)
+
+
+def test_disabled_or_absent(registry: Path, tmp_path: Path) -> None:
+    (registry / "status").write_text("disabled\n")
+    assert binfmt_misc.registered(str(registry)) == ()
+    assert binfmt_misc.registered(str(tmp_path / "nothing")) == ()
+
+
+def test_two_that_match_are_not_judged() -> None:
+    formats = (Format("a", b"/a", "", b"X", b"\xff"), Format("b", b"/b", "", b"XY", b"\xff\xff"))
+    assert binfmt_misc.match(formats, head(b"XZ"), b"x") == formats[0]
+    with pytest.raises(NotJudgedError, match="a, b"):
+        binfmt_misc.match(formats, head(b"XY"), b"x")
+
+
+@pytest.mark.parametrize("text", [b"", b"\x7fELF", b"\x7fELF" + bytes(59), b"MZ" + bytes(100), bytes(64)])
+def test_no_elf(text: bytes) -> None:
+    assert elf.kind_of(text) is elf.Kind.NOT_ELF
+    assert not elf.is_module(lambda offset, size: text[offset : offset + size], len(text))

@@ -1,0 +1,160 @@
+"""The hook's own behaviour: copying from the securityfs, what cannot be judged, failures inside."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipe_emu.errors import NotJudgedError
+from ipe_emu.event import File, Hook, Subject
+from ipe_emu.exec_hook.hook import ExecHook
+from ipe_emu.integrity.declared import NothingDeclared
+from ipe_emu.integrity.facts import Facts
+from ipe_emu.linux import syscalls
+from ipe_emu.lsm import Decision
+from ipe_emu.policy.rule import Operation
+from tests.exec_hook.tracee_harness import Notes, Rehearsal, model
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.needs("busybox", "user-namespaces")]
+
+ALLOW_ALL = "DEFAULT action=ALLOW\n"
+
+COPY = """
+    import_ = os.open(origin, os.O_RDONLY)
+    export = os.open(target, os.O_RDWR)
+    pipe = os.pipe()
+    os.write(pipe[1], b"x" * 10)
+    result = [
+        outcome(lambda: os.sendfile(export, import_, 0, 10)),
+        outcome(lambda: os.splice(import_, pipe[1], 10)),
+        outcome(lambda: os.splice(pipe[0], export, 10)),
+        outcome(lambda: os.copy_file_range(import_, export, 10)),
+        outcome(lambda: os.sendfile(99, import_, 0, 10)),
+        outcome(lambda: os.splice(99, 99, 10)),
+    ]
+    for fd in (import_, export, *pipe):
+        os.close(fd)
+"""
+FILES = """
+    Path("/run/from").write_bytes(b"content")
+    Path("/run/to").write_bytes(b"")
+    Path("/t/node").write_bytes(b"content")
+    result = 0
+"""
+EINVAL, EBADF, OK = {"error": "EINVAL"}, {"error": "EBADF"}, {"ok": 0}
+
+
+@pytest.fixture
+def inside(tree: Path, tmp_path: Path) -> Iterator[Rehearsal]:
+    """A rehearsal in which the initramfs stands for the securityfs: what matters is the device."""
+    with Rehearsal(tmp_path / "root", tree, securityfs=-1) as rehearsal:
+        rehearsal.securityfs = rehearsal.device_of("/t")
+        rehearsal.policy(ALLOW_ALL)
+        rehearsal.run(FILES)
+        yield rehearsal
+
+
+def test_copying_from_a_node(inside: Rehearsal) -> None:
+    result = inside.run(COPY, origin="/t/node", target="/run/to")
+    assert result == [EINVAL, EINVAL, OK, EINVAL, EBADF, EBADF]
+
+
+def test_copying_to_a_node(inside: Rehearsal) -> None:
+    result = inside.run(COPY, origin="/run/from", target="/t/node")
+    assert result == [EINVAL, OK, EINVAL, EINVAL, EBADF, EBADF]
+
+
+def test_copying_elsewhere(inside: Rehearsal) -> None:
+    result = inside.run(COPY, origin="/run/from", target="/run/to")
+    assert result == [OK, OK, OK, OK, EBADF, EBADF]
+    assert inside.notes.unjudged == []
+
+
+def test_tools_fall_back_to_reading(inside: Rehearsal) -> None:
+    """busybox cat uses sendfile first; what it prints of a node must be its content."""
+    source = """
+        target = os.open("/run/printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        def go():
+            os.dup2(target, 1)
+            os.execve("/bin/busybox", ["cat", "/t/node"], {})
+        ended = run(go)
+        os.close(target)
+        result = ended, Path("/run/printed").read_text()
+    """
+    assert inside.run(source) == [{"exit": 0}, "content"]
+
+
+class Broken:
+    """A judge that fails."""
+
+    def __init__(self) -> None:
+        self.profile = model("", lambda _: None).profile
+
+    def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
+        raise RuntimeError("the control socket is gone")
+
+
+class BrokenFacts:
+    """Facts that cannot be had."""
+
+    def facts_of(self, *_: Any) -> Facts:
+        raise NotJudgedError("who knows")
+
+
+def test_a_failure_inside_refuses_the_call(inside: Rehearsal) -> None:
+    inside.judge(Broken())
+    assert inside.run("result = execute('/t/bin/hello'), outcome(lambda: map_memory('-', 'rx'))") == [
+        {"error": "EPERM"}, {"error": "EPERM"},
+    ]  # fmt: skip
+    assert [reason for _, reason in inside.notes.unjudged] == ["RuntimeError: the control socket is gone"] * 2
+
+
+def test_facts_that_cannot_be_had_refuse_the_call(inside: Rehearsal) -> None:
+    inside.facts = BrokenFacts()
+    inside.policy(ALLOW_ALL)
+    assert inside.run("result = execute('/t/bin/hello')") == {"error": "EPERM"}
+    assert inside.notes.unjudged == [("execve", "who knows")]
+    assert inside.records == []
+
+
+def test_an_inherited_personality_is_not_judged() -> None:
+    before = syscalls.call("personality", 0xFFFFFFFF)
+    syscalls.call("personality", before | 0x0400000)
+    try:
+        with pytest.raises(NotJudgedError, match="setarch"):
+            ExecHook(model("", lambda _: None), NothingDeclared(), Notes(), machine=0)
+    finally:
+        syscalls.call("personality", before)
+
+
+def test_no_descriptor_is_left_open(inside: Rehearsal) -> None:
+    """An open descriptor of ours would keep the rehearsed machine from unmounting."""
+    source = """
+        for path in ("/t/bin/hello", "/t/script/i.sh", "/proc/self/exe", "/t/out", "/nothing/at/all", "/t/bin/garbage"):
+            execute(path)
+        address = map_memory("/t/lib/libf.so", "r")
+        outcome(lambda: mprotect(address, 4096, 5))
+        outcome(lambda: call("finit_module", os.open("/t/mod.ko", os.O_RDONLY), b"", 0))
+        result = 0
+    """
+    inside.run(source)
+    before = sorted(Path("/proc/self/fd").iterdir())
+    for _ in range(3):
+        inside.run(source)
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_unmounting_right_after_an_execution(inside: Rehearsal) -> None:
+    source = """
+        def go():
+            call("unshare", CLONE_NEWNS)
+            for _ in range(50):
+                call("mount", b"x", b"/run/t/lib", b"tmpfs", 0, None)
+                Path("/run/t/lib/script").write_text("#!/nothing")
+                Path("/run/t/lib/script").chmod(0o755)
+                assert execute("/run/t/lib/script") == {"error": "ENOENT"}
+                call("umount2", b"/run/t/lib", 0)
+        result = run(go)
+    """
+    assert inside.run(source) == {"exit": 0}
