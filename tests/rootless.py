@@ -35,6 +35,7 @@ def _main() -> None:
     namespaces.unshare(Namespace.MOUNT)
     mounts.make_private()
     _make_reachable([Path(word).resolve() for word in sys.argv[3:separator]])
+    os.chdir(Path.cwd())  # through what was mounted
     _mount_tmpfs(_PLACE)
     os.mknod(_PLACE / "fuse", stat.S_IFCHR | mode, FUSE_DEVICE)
     (_PLACE / "fuse").chmod(mode)

@@ -447,39 +447,3 @@ def test_many_at_once(emu: Runner) -> None:
         "i=0; while [ $i -lt 40 ]; do (busybox true && cat /sys/kernel/security/ipe/enforce) & i=$((i+1)); done; wait"
     )
     assert emu.shell(script, *emu.with_policy()).stdout == "1" * 40
-
-
-# -- machines that differ -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.needs("root")
-def test_a_machine_that_cannot_emulate_it_is_told_so_and_nothing_starts(tmp_path: Path) -> None:
-    emu = runner(tmp_path, plain_user=True, fuse=False)
-    done = emu.run("run", "--", "touch", str(tmp_path / "started"))
-    assert "/dev/fuse: Permission denied" in done.stderr
-    assert done.returncode == 77
-    assert not (tmp_path / "started").exists()
-
-
-@pytest.mark.needs("root")
-@pytest.mark.parametrize("below", ["/sys", "/sys/kernel"])
-def test_where_the_machine_has_no_securityfs_directory_one_is_made(tmp_path: Path, below: str) -> None:
-    emu = runner(tmp_path, plain_user=False)
-    (tmp_path / "other").mkdir()
-    inner = " ".join(emu.command_line("run", "--", "sh", "-c", "'cat /sys/kernel/security/ipe/enforce; ls $0'", below))
-    script = f"mount -t tmpfs none {below} && mkdir {below}/other && ln -s other {below}/link && exec {inner}"
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=LIMIT, check=False,
-        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}:{Path.cwd() / 'fs'}"},
-    )  # fmt: skip
-    names = {"link", "other", "kernel" if below == "/sys" else "security"}
-    assert set(done.stdout.removeprefix("1").split()) == names
-    assert done.returncode == 0
-
-
-@pytest.mark.needs("root")
-def test_subordinate_ids_make_chown_and_su_work(tmp_path: Path) -> None:
-    emu = runner(tmp_path, plain_user=True, subordinate_ids=True)
-    done = emu.shell("touch x; chown 33:44 x; stat -c %u:%g x; setpriv --reuid 33 --regid 44 --clear-groups id -u")
-    assert done.stdout.split() == ["33:44", "33"]
-    assert "only one user id" not in done.stderr
