@@ -12,7 +12,7 @@ from attrs import frozen
 
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.declared import FactsSource
-from ipe_emu.linux import procfs
+from ipe_emu.linux import procfs, syscalls
 from ipe_emu.lsm import Opener
 
 #: The calls whose data comes from the caller's memory, and where their arguments say so.
@@ -20,6 +20,7 @@ _FROM_BUFFER: Final = frozenset({"write", "pwrite64"})
 _FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
 #: The calls that take their data from another file: which argument is the descriptor that is written to.
 _FROM_FILE: Final = {"sendfile": 0, "splice": 2, "copy_file_range": 2}
+_PLAIN_WRITES: Final = frozenset(syscalls.NUMBERS[name] for name in _FROM_BUFFER if name in syscalls.NUMBERS)
 #: The most segments that a vector can have (UIO_MAXIOV).
 _UIO_MAXIOV: Final = 1024
 
@@ -50,10 +51,11 @@ class Credentials:
         try:
             if procfs.namespace(tid, "user") not in self.user_namespaces:
                 return False
-            credentials = procfs.credentials(tid)
-        except (OSError, ValueError, KeyError):
+            if procfs.effective_capabilities(tid) >> procfs.CAP_MAC_ADMIN & 1:
+                return True
+            return self.assume_for_uid is not None and procfs.credentials(tid).fsuid == self.assume_for_uid
+        except (OSError, ValueError):
             return False
-        return credentials.has(procfs.CAP_MAC_ADMIN) or credentials.fsuid == self.assume_for_uid
 
 
 @frozen
@@ -98,6 +100,14 @@ class WaitingWrite:
             pieces.append(procfs.read_memory(self.tid, segment.address, min(segment.length, length)))
             length -= segment.length
         return b"".join(pieces)
+
+
+def waits_in_plain_write(tid: int, length: int) -> bool:
+    """Whether a thread waits in a write of exactly so many bytes from its memory; to which file is not looked at."""
+    try:
+        return procfs.waits_in(tid, _PLAIN_WRITES, length)
+    except OSError:
+        return False
 
 
 class Running(Exception):  # noqa: N818 - no error, but the reason to look again

@@ -44,6 +44,10 @@ class Node:
     parent: "Directory | None"
     name: bytes
     removed: bool = field(default=False, init=False)
+    #: Whether the name leads here for as long as the tree lives; policies come and go.
+    permanent: bool = field(default=False, init=False)
+    #: Whether nothing but a setattr changes the attributes.
+    constant: bool = field(default=False, init=False)
     #: How often the kernel was told of this inode, less what it has forgotten.
     lookups: int = field(default=0, init=False)
 
@@ -119,14 +123,18 @@ class Tree:
         self.root = Directory(ROOT_INO, self._attributes(stat.S_IFDIR | 0o755), None, b"")
         self._nodes[ROOT_INO] = self.root
         self._file(self.root, b"lsm", 0o444, read=lambda: lsm_list)
-        # ipe_init_securityfs(); the boot policy's directory is made before new_policy.
+        # In the order of ipe_init_securityfs().
         top = self._directory(self.root, b"ipe")
         self._file(top, b"success_audit", 0o600, read=ipe.getaudit, write=ipe.setaudit)
         self._file(top, b"enforce", 0o600, read=ipe.getenforce, write=ipe.setenforce)
         self.policies = self._directory(top, b"policies")
+        self._file(top, b"new_policy", 0o200, write=ipe.new_policy, takes_policy=True)
+        for node in self:
+            node.permanent = True
+        for directory in (self.root, top):  # not policies, whose links are counted
+            directory.constant = True
         for loaded in ipe.policies:
             self._add_policy(loaded)
-        self._file(top, b"new_policy", 0o200, write=ipe.new_policy, takes_policy=True)
         ipe.subscribe(self._on_news)
 
     # -- what operations ask --------------------------------------------------------------------------------------
