@@ -1,5 +1,6 @@
 """All that a sandbox is made from, known before its first process starts."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from ipe_emu.exec_hook.mount_plan import Proc, SecurityFs, Step
 from ipe_emu.linux.seccomp import Rule
 
 #: What a terminal sends to everybody in the foreground, and what is sent to stop a program: the command decides what
-#: becomes of it, and the processes of the sandbox end when the command has. Python ignores SIGPIPE and SIGXFSZ.
+#: becomes of it, and the processes of the sandbox end when the command has. Python ignores SIGPIPE and SIGXFSZ itself.
 IGNORED_SIGNALS: Final = (
     signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
     signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGXFSZ,
@@ -21,11 +22,11 @@ IGNORED_SIGNALS: Final = (
 
 @frozen
 class Command:
-    """What to run, and what it is to find: its environment, its working directory, its signals."""
+    """What to run, and what it is to find: its environment, its working directory (None: removed), its signals."""
 
     arguments: Sequence[bytes]
     environment: Mapping[bytes, bytes]
-    directory: Path
+    directory: Path | None
     ignored: frozenset[signal.Signals]
     blocked: frozenset[signal.Signals]
 
@@ -35,15 +36,15 @@ class Command:
 
         Whether SIGPIPE and SIGXFSZ were ignored cannot be known, for Python ignores them in any case: they are not.
         """
+        directory = None
+        with contextlib.suppress(FileNotFoundError):
+            directory = Path.cwd()
+        inherited = {*IGNORED_SIGNALS, signal.SIGCHLD} - {signal.SIGPIPE, signal.SIGXFSZ}
         return cls(
             arguments=tuple(map(os.fsencode, arguments)),
             environment=dict(os.environb),
-            directory=Path.cwd(),
-            ignored=frozenset(
-                number
-                for number in IGNORED_SIGNALS
-                if number not in (signal.SIGPIPE, signal.SIGXFSZ) and signal.getsignal(number) is signal.SIG_IGN
-            ),
+            directory=directory,
+            ignored=frozenset(number for number in inherited if signal.getsignal(number) is signal.SIG_IGN),
             blocked=frozenset(signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         )
 

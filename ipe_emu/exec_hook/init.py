@@ -40,9 +40,10 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
         if select.select([agent], [], [], 0)[0]:
             os._exit(1)  # the agent died before that took effect
         os.close(agent)
-        with contextlib.suppress(OSError):
-            # By its path: what was mounted over the directory is to be found there.
-            os.chdir(blueprint.command.directory)
+        if blueprint.command.directory is not None:
+            with contextlib.suppress(OSError):
+                # By its path: what was mounted over the directory is to be found there.
+                os.chdir(blueprint.command.directory)
         channel.ask("ready", _surroundings(blueprint))
         # PID 1 is under the filter as well: whoever took it over would gain nothing. It needs no no_new_privs,
         # being root of its user namespace, so that set-user-id programs work in the tree.
@@ -103,7 +104,7 @@ def _execute(command: Command) -> NoReturn:
     status = NOT_EXECUTABLE
     try:
         process.set_name(b"ipe-emu")
-        for number in IGNORED_SIGNALS:
+        for number in (*IGNORED_SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN if number in command.ignored else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, command.blocked)
         # The supervisor reads this process's memory to judge the call that comes now.

@@ -188,13 +188,16 @@ class Shift:
                 if error.errno not in (errno.EINVAL, errno.EPERM):
                     raise
         (_, root), *others = copies
+        here = os.open(".", os.O_PATH | os.O_CLOEXEC)
         # Any directory will do: it is not seen again.
         mounts.attach(root, _PROC)
         mounts.pivot_root_into(_PROC)
         for path, tree in others:
             mounts.attach(tree, Path(os.fsdecode(path)))
+        os.fchdir(here)  # if it was removed, nothing else leads there
         for _, tree in copies:
             os.close(tree)
+        os.close(here)
 
 
 def _holds_devices(path: bytes) -> bool:

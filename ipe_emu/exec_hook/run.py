@@ -1,6 +1,7 @@
 """``ipe-emu run``: a command tree in a sandbox, under the exec hook, with the emulated securityfs in its place."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def run(options: RunOptions) -> int:
     do it: nothing was started then. UserError where nothing is mounted that could be attached to.
     """
     command = Command.inherited(options.command)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would have the kernel reap what we wait for
     emulator: Emulator = (
         MountedEmulator(options.attach)
         if options.attach is not None

@@ -1,5 +1,6 @@
 """The supervisor's side of a sandbox: starting it step by step, waiting for its command, passing signals on."""
 
+import contextlib
 import os
 import select
 import signal
@@ -114,7 +115,7 @@ class Sandbox:
 
     def listener(self) -> int:
         """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""
-        self._channel.send("filter")
+        self._tell("filter")
         return self._expect("listener").fds[0]
 
     def wait(self) -> int:
@@ -123,7 +124,7 @@ class Sandbox:
         Passes signals on meanwhile, and stops this process when the command stops. NotJudgedError if the sandbox dies
         under the command.
         """
-        self._channel.send("start")
+        self._tell("start")
         while True:
             message = self._next(self._pass_on)
             match message.kind:
@@ -138,6 +139,10 @@ class Sandbox:
                     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
                 case _:
                     raise NotJudgedError(f"the sandbox failed: {message.values.get('why', message.kind)}")
+
+    def _tell(self, kind: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # what follows finds out why
+            self._channel.send(kind)
 
     def _expect(self, kind: str) -> Message:
         message = self._next(self._interrupt)

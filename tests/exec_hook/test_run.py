@@ -177,6 +177,27 @@ def test_an_ignored_signal_stays_ignored(emu: Runner) -> None:
     assert int(done.stdout.split()[1], 16) == 1 << (signal.SIGHUP - 1)
 
 
+def test_it_works_where_dead_children_are_ignored(emu: Runner) -> None:
+    command = emu.command_line("run", "--", "grep", "^SigIgn", "/proc/self/status")
+    done = subprocess.run(
+        ["sh", "-c", "trap '' CHLD; exec \"$@\"", "sh", *command], capture_output=True, text=True, timeout=LIMIT,
+        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}:{Path.cwd() / 'fs'}"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert int(done.stdout.split()[1], 16) == 1 << (signal.SIGCHLD - 1)
+
+
+def test_it_works_in_a_directory_that_was_removed(tmp_path: Path) -> None:
+    emu = runner(tmp_path, plain_user=False)
+    command = emu.command_line("run", "--", "sh", "-c", "ls -A; echo end")
+    done = subprocess.run(
+        ["sh", "-c", "mkdir gone && cd gone && rmdir ../gone && exec \"$@\"", "sh", *command], cwd=tmp_path,
+        capture_output=True, text=True, timeout=LIMIT, check=True,
+        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}:{Path.cwd() / 'fs'}"},
+    )  # fmt: skip
+    assert done.stdout == "end\n"
+
+
 # -- what it must not reach -----------------------------------------------------------------------------------------
 
 
@@ -239,6 +260,17 @@ def test_a_tree_run_by_root_cannot_change_the_kernel(tmp_path: Path) -> None:
     )
     assert name.read_text() == before
     assert done.returncode != 0
+
+
+# -- after the point of no return ----------------------------------------------------------------------------------
+
+
+def test_a_program_whose_loader_is_denied_dies_of_a_segmentation_fault(emu: Runner) -> None:
+    policy = emu.with_policy()[1]
+    program = Path("/bin/true").resolve()
+    done = emu.run("run", "--boot-policy", policy, "--boot-verified", str(program), "--", str(program))
+    assert done.returncode == 128 + signal.SIGSEGV
+    assert re.search(r" 1 +EXECUTE +MMAP +\S*/ld", done.stderr)
 
 
 # -- declared volumes -----------------------------------------------------------------------------------------------
