@@ -69,7 +69,7 @@ def test_a_process_that_is_left_behind_fails_the_module(tmp_path: Path) -> None:
     source = (
         "import subprocess, sys, pathlib\n"
         "def test_it():\n"
-        "    done = subprocess.Popen(['setsid', 'sleep', '1000'], start_new_session=True)\n"
+        "    done = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
         "    pathlib.Path('pid').write_text(str(done.pid))\n"
     )
     try:
