@@ -40,7 +40,7 @@ class Format:
 
 def registered(directory: str = _DIRECTORY) -> tuple[Format, ...]:
     """Return the enabled registrations, in no particular order; empty where binfmt_misc is disabled or not mounted."""
-    if not os.access(f"{directory}/status", os.F_OK):  # cheaper than an exception, on every execve(2)
+    if not os.access(directory + "/status", os.F_OK):  # cheaper than an exception, on every execve(2)
         return ()
     try:
         if _read(directory, "status").strip() != b"enabled":

@@ -1,11 +1,8 @@
 """The thread behind one notification, as its handler sees it: who it is, and the files it names."""
 
-import functools
 import os
 from types import TracebackType
 from typing import Self
-
-from attrs import evolve
 
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.event import File, Subject
@@ -31,6 +28,10 @@ class Caller:
         self._facts = facts
         self._machine = machine
         self._opened: list[int] = []
+        # Each is read once, when it is asked for.
+        self._subject: Subject | None = None
+        self._access: Access | None = None
+        self._root: bytes | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -43,14 +44,16 @@ class Caller:
 
     # -- who ----------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def subject(self) -> Subject:
         """The process as audit records name it: its pid in its own pid namespace, and the calling thread's name."""
-        return Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
+        if self._subject is None:
+            self._subject = Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
+        return self._subject
 
     def renamed(self, comm: bytes) -> Subject:
         """Return the same process under the name that execve(2) gives it (``__set_task_comm()``: 15 bytes)."""
-        return evolve(self.subject, comm=comm[:15])
+        return Subject(self.subject.pid, comm[:15])
 
     def capable(self, capability: int) -> bool:
         """Whether the caller has a capability over the rehearsed machine: root of a nested user namespace has none."""
@@ -58,10 +61,12 @@ class Caller:
 
     # -- its files ----------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def access(self) -> Access:
         """What its ids permit it."""
-        return Access.of(self.tracee.status)
+        if self._access is None:
+            self._access = Access.of(self.tracee.status)
+        return self._access
 
     def look_up(self, directory: int, path: bytes, *, follow: bool = True) -> int:
         """Return an O_PATH descriptor of what a path names to the caller; see `resolve.look_up`."""
@@ -110,12 +115,9 @@ class Caller:
 
     def below_root(self, path: bytes) -> bytes:
         """Name a path of the mount namespace as d_path() does for the caller, who may have changed its root."""
-        root = self._root
-        return path[len(root) :] if root and path.startswith(root + b"/") else path
-
-    @functools.cached_property
-    def _root(self) -> bytes:
-        return self.tracee.root_path().rstrip(b"/")
+        if self._root is None:
+            self._root = self.tracee.root_path().rstrip(b"/")
+        return path[len(self._root) :] if self._root and path.startswith(self._root + b"/") else path
 
     def _keep(self, fd: int) -> int:
         self._opened.append(fd)

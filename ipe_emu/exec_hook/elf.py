@@ -75,14 +75,19 @@ def kind_of(head: bytes) -> Kind:
 
 
 def read_program(fd: int, head: bytes) -> Program:
-    """Read the program headers of a native file whose beginning is ``head``. BadElfError where the kernel gives up."""
+    """Read the program headers of a native file; ``head`` is its beginning, of any length from that of a header.
+
+    Raises BadElfError where the kernel gives up.
+    """
     _, _, _, _, _, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
     size = count * _PROGRAM_HEADER.size
     if entry_size != _PROGRAM_HEADER.size or not 0 < size <= _MAX_PROGRAM_HEADERS_SIZE:
         raise BadElfError("impossible program headers")
     segments = 0
     interpreter = None
-    for kind, flags, at, _, _, file_size, *_ in _PROGRAM_HEADER.iter_unpack(_read(fd, size, offset)):
+    # They follow the header nearly always, and so are in what was read already.
+    table = head[offset : offset + size] if offset + size <= len(head) else _read(fd, size, offset)
+    for kind, flags, at, _, _, file_size, *_ in _PROGRAM_HEADER.iter_unpack(table):
         if kind == _PT_LOAD and flags & _PF_X and file_size:
             segments += 1
         elif kind == _PT_INTERP and interpreter is None:

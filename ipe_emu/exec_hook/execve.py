@@ -17,6 +17,8 @@ from ipe_emu.profiles import Profile
 
 AT_EXECVE_CHECK: Final = 0x10000
 
+# Enough for an ELF header and the usual number of program headers.
+_HEAD_SIZE: Final = 1024
 _PATH_MAX: Final = 4096
 # kernel: exec_binprm(); a script may lead to a script five times
 _MAX_DEPTH: Final = 5
@@ -107,8 +109,9 @@ class _Exec:
             file = self._caller.file(program)
             self._events.append(Event(Operation.EXECUTE, Hook.BPRM_CHECK, self._caller.subject, file))
             binary = self._caller.readable(program)
-            head = os.pread(binary, script.BUFFER_SIZE, 0).ljust(script.BUFFER_SIZE, b"\0")
-            interpreter = self._interpreter(formats, head, name)
+            head = os.pread(binary, _HEAD_SIZE, 0)
+            buffer = head[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
+            interpreter = self._interpreter(formats, buffer, name)
             if interpreter is None:
                 return file, binary, head
             name = interpreter
@@ -166,7 +169,7 @@ class _Exec:
     def _open_elf_interpreter(self, path: bytes) -> tuple[File, elf.Program]:
         found = _open_execat(self._caller, AT_FDCWD, path)
         fd = self._caller.readable(found)
-        head = os.pread(fd, script.BUFFER_SIZE, 0)
+        head = os.pread(fd, _HEAD_SIZE, 0)
         if len(head) < elf.HEADER_SIZE:
             raise KernelError(errno.EIO, "the ELF interpreter is shorter than a header", "elf_read")
         try:

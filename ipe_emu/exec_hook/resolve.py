@@ -73,7 +73,7 @@ def _start(tracee: Tracee, directory: int, path: bytes) -> int:
 def _own_program(tracee: Tracee, mounts: Mounts, root: int) -> int | None:
     """Return what /proc/self/exe leads to, without a walk: busybox executes its applets so. None if a walk must see."""
     try:
-        proc = openat2.open_path(root, b"/proc", openat2.RESOLVE_IN_ROOT | openat2.RESOLVE_NO_SYMLINKS)
+        proc = os.open(b"proc", _PATH_ONLY | os.O_NOFOLLOW | os.O_DIRECTORY, dir_fd=root)
     except OSError:
         return None
     try:

@@ -4,7 +4,6 @@ What is read here belongs to the thread only if its notification is still valid 
 """
 
 import errno
-import functools
 import os
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -99,11 +98,14 @@ class Tracee:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._proc = b"/proc/%d/" % pid
+        self._status: Status | None = None
 
-    @functools.cached_property
+    @property
     def status(self) -> Status:
         """What /proc/PID/status says, read once."""
-        return Status(self._read(b"status"))
+        if self._status is None:
+            self._status = Status(self._read(b"status"))
+        return self._status
 
     def comm(self) -> bytes:
         """Return the thread's name, at most 15 bytes, any but NUL."""
