@@ -75,7 +75,13 @@ class WaitingWrite:
 
     tid: int
     call: procfs.SystemCall
+    fd: int
     segments: tuple[Segment, ...]
+
+    def is_on(self, device: int | None) -> bool | None:
+        """Whether it writes to a file of the mount with this st_dev; None if that cannot be told."""
+        found = procfs.descriptor_device(self.tid, self.fd)
+        return None if found is None or device is None else found == device
 
     @property
     def from_file(self) -> bool:
@@ -102,10 +108,11 @@ class WaitingWrite:
         return b"".join(pieces)
 
 
-def waits_in_plain_write(tid: int, length: int) -> bool:
-    """Whether a thread waits in a write of exactly so many bytes from its memory; to which file is not looked at."""
+def waits_in_plain_write(tid: int, ino: int, length: int) -> bool:
+    """Whether a thread waits in a write of exactly so many bytes from its memory; the quick case of ``find_write``."""
     try:
-        return procfs.waits_in(tid, _PLAIN_WRITES, length)
+        fd = procfs.waits_in(tid, _PLAIN_WRITES, length)
+        return fd is not None and procfs.descriptor_inode(tid, fd) == ino
     except OSError:
         return False
 
@@ -137,9 +144,10 @@ def waiting_write(tid: int, ino: int) -> WaitingWrite | None:
         fd = arguments[_FROM_FILE[name]]
     else:
         return None
-    if procfs.descriptor_inode(tid, fd & 0xFFFFFFFF) != ino:
+    fd &= 0xFFFFFFFF
+    if procfs.descriptor_inode(tid, fd) != ino:
         return None
-    return WaitingWrite(tid, call, segments)
+    return WaitingWrite(tid, call, fd, segments)
 
 
 def _vector(tid: int, address: int, count: int) -> tuple[Segment, ...]:
@@ -149,23 +157,34 @@ def _vector(tid: int, address: int, count: int) -> tuple[Segment, ...]:
     return tuple(Segment(words[i], words[i + 1]) for i in range(0, len(words), 2))
 
 
-def find_write(tids: Iterable[int], ino: int, data: bytes, *, compare: bool) -> tuple[WaitingWrite | None, bool]:
-    """Look among threads for the one that writes ``data`` to ``ino``.
+@frozen
+class Target:
+    """The node that is written to: its inode number, and the st_dev of its mount where that is known."""
 
-    With ``compare`` its memory must hold the data. Two threads that write the same data to the same node are equally
-    good: each of them does write it. The second value tells whether some thread was running, and so not seen.
+    ino: int
+    device: int | None
+
+
+def find_write(tids: Iterable[int], target: Target, data: bytes, *, compare: bool) -> tuple[WaitingWrite | None, bool]:
+    """Look among threads for the one that writes ``data``.
+
+    With ``compare``, and where it cannot be told which mount it writes to, its memory must hold the data. Two threads
+    that write the same data to the same node are equally good: each of them does write it. The second value tells
+    whether some thread was running, and so not seen.
     """
     running = False
     for tid in tids:
         try:
-            found = waiting_write(tid, ino)
-            if found is None:
+            found = waiting_write(tid, target.ino)
+            if found is None or (on_mount := found.is_on(target.device)) is False:
                 continue
-            if found.from_file or (found.count >= len(data) and (not compare or found.starts_with(data))):
+            if found.from_file:
+                return found, running
+            if found.count >= len(data) and ((on_mount and not compare) or found.starts_with(data)):
                 return found, running
         except Running:
             running = True
-        except OSError:
+        except (OSError, ValueError):
             continue
     return None, running
 

@@ -39,6 +39,7 @@ from ipe_emu.linux import procfs
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.clients import (
     Credentials,
+    Target,
     WaitingWrite,
     executable_of,
     find_write,
@@ -341,14 +342,14 @@ class Operations(pyfuse3.Operations):
             raise _refused(errno.EINVAL, f"{node.path} cannot be read", "vfs_read")
         try:
             return node.read()[off : off + size]
-        except KernelError as error:
+        except Exception as error:
             raise _as_fuse(error, node) from None
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
         try:
             return await self._write(handle, off, buf)
-        except KernelError as error:
+        except Exception as error:
             raise _as_fuse(error, handle.node) from None
 
     async def release(self, fh: FileHandleT) -> None:
@@ -368,7 +369,7 @@ class Operations(pyfuse3.Operations):
         rest, handle.rest = handle.rest, None
         if rest is not None and rest.offset == offset and same_call(rest.write):
             return _take_from_rest(handle, rest, len(data))
-        if not node.takes_policy and waits_in_plain_write(handle.tid, len(data)):
+        if not node.takes_policy and waits_in_plain_write(handle.tid, node.ino, len(data)):
             await self._judge(handle, data, None)  # nearly every write is this one, and it must be quick
             return len(data)
         unsigned = node.takes_policy and self._ipe.profile.unsigned_policies and data[:1] != b"\x30"
@@ -387,7 +388,8 @@ class Operations(pyfuse3.Operations):
         KernelError EINVAL for sendfile(2) and its kin, EACCES if the call cannot be seen: what is not known to be one
         policy written by one write is not let in.
         """
-        write = await self._find_writer(handle.node.ino, handle.tid, data, compare=compare)
+        target = Target(handle.node.ino, self.mounted_as.device)
+        write = await self._find_writer(target, handle.tid, data, compare=compare)
         if write is not None and write.from_file:
             raise KernelError(errno.EINVAL, f"{write.call.name} cannot write to securityfs", "do_splice")
         if write is None:
@@ -400,18 +402,18 @@ class Operations(pyfuse3.Operations):
             raise error
         return write
 
-    async def _find_writer(self, ino: int, opener: int, data: bytes, *, compare: bool) -> WaitingWrite | None:
-        write, running = find_write((opener,), ino, data, compare=compare)
+    async def _find_writer(self, target: Target, opener: int, data: bytes, *, compare: bool) -> WaitingWrite | None:
+        write, running = find_write((opener,), target, data, compare=compare)
         if write is not None:
             return write
         pause = _SECONDS_BETWEEN_LOOKS
         give_up = trio.current_time() + _SECONDS_TO_SEE_WRITER
         look_everywhere = trio.current_time() + (_SECONDS_TO_SEE_OPENER if running else 0)
         while trio.current_time() < give_up:
-            write, running = find_write(_threads_of(opener), ino, data, compare=compare)
+            write, running = find_write(_threads_of(opener), target, data, compare=compare)
             if write is None and trio.current_time() >= look_everywhere:
                 write, running = await trio.to_thread.run_sync(
-                    lambda: find_write(_threads_of_others(), ino, data, compare=compare)
+                    lambda: find_write(_threads_of_others(), target, data, compare=compare)
                 )
                 if write is None and not running:
                     return None
@@ -452,7 +454,10 @@ class Operations(pyfuse3.Operations):
         node = handle.node
         assert node.write is not None  # noqa: S101 - asked in _write
         if not node.takes_policy:
-            node.write(content, handle.writer)
+            if node.waits:
+                await trio.to_thread.run_sync(node.write, content, handle.writer)
+            else:
+                node.write(content, handle.writer)
             if node.removed and node.parent is not None:
                 await self._remove_through_mount(node.parent)
             return
@@ -538,7 +543,7 @@ def _content(node: File) -> bytes | None:
     """What reading the node gives; None where that is an error."""
     try:
         return node.read() if node.read is not None else None
-    except KernelError:
+    except Exception:  # whatever it is, the read that follows answers it
         return None
 
 
@@ -580,6 +585,10 @@ def _why_not_seen(tid: int) -> str:
     )
 
 
-def _as_fuse(error: KernelError, node: Node) -> FUSEError:
-    log.info("%s: %s", node.path, error)
-    return FUSEError(error.errno or errno.EIO)
+def _as_fuse(error: Exception, node: Node) -> FUSEError:
+    """Answer with the model's errno; with EIO where it failed, for the mount must outlive what was written to it."""
+    if isinstance(error, KernelError):
+        log.info("%s: %s", node.path, error)
+        return FUSEError(error.errno or errno.EIO)
+    log.error("%s: this is a defect of ipe-emu", node.path, exc_info=error)
+    return FUSEError(errno.EIO)

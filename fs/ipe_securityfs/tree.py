@@ -96,6 +96,8 @@ class File(Node):
     write: WriteNode | None = None
     #: Whether a write is a whole policy (copied in by memdup_user()) and not a boolean, of which three bytes count.
     takes_policy: bool = False
+    #: Whether writing takes the lock of a policy's directory, which an update holds while it verifies and reads files.
+    waits: bool = False
     #: Whether this is the name ``activate``, which no released kernel has.
     alias: bool = False
     #: How many open descriptors may read it.
@@ -183,6 +185,7 @@ class Tree:
             0o600,
             read=lambda: ipe.getactive(loaded),
             write=lambda data, writer: ipe.setactive(loaded, data, writer),
+            waits=True,
         )
         self._file(
             directory,
@@ -191,12 +194,17 @@ class Tree:
             write=lambda data, writer: ipe.update(loaded, data, writer),
             takes_policy=True,
         )
-        self._file(directory, b"delete", 0o200, write=lambda data, writer: ipe.delete_policy(loaded, data, writer))
+        self._file(
+            directory,
+            b"delete",
+            0o200,
+            write=lambda data, writer: ipe.delete_policy(loaded, data, writer),
+            waits=True,
+        )
         if ipe.profile.unsigned_policies:
             # An inode of its own, so that its opening can be told apart and counted; the attributes are shared.
-            alias = File(
-                next(self._inos), active.attributes, directory, b"activate", active.read, active.write, alias=True
-            )
+            alias = File(next(self._inos), active.attributes, directory, b"activate", active.read, active.write)
+            alias.waits = alias.alias = True
             directory.aliases[b"activate"] = self._nodes[alias.ino] = alias
         with self._change:
             self._policies[loaded] = directory
@@ -234,9 +242,10 @@ class Tree:
         read: ReadNode | None = None,
         write: WriteNode | None = None,
         takes_policy: bool = False,
+        waits: bool = False,
     ) -> File:
         attributes = self._attributes(stat.S_IFREG | mode)
-        node = File(next(self._inos), attributes, parent, name, read, write, takes_policy=takes_policy)
+        node = File(next(self._inos), attributes, parent, name, read, write, takes_policy=takes_policy, waits=waits)
         parent.children[name] = self._nodes[node.ino] = node
         return node
 

@@ -210,3 +210,18 @@ def test_pieces_of_a_text_are_policies_of_their_own(gate: Emulator, known: Path,
     )
     assert done.returncode != 0
     assert "InPieces" not in gate.names()
+
+
+def test_an_update_that_reads_through_the_mount_does_not_hold_it_up(gate: Emulator, known: Path) -> None:
+    """The update holds the policy's lock while its file is opened, and others wait for that lock: none for ever."""
+    (known / "u.pol").write_bytes(text("Busy"))
+    assert write(gate.ipe / "new_policy", os.fsencode(known / "u.pol")) > 0
+    through = f"{gate.directory}/ipe/../../known/u.pol"
+    update = f"for i in 1 2 3 4 5 6 7 8 9 10; do printf %s {through} > {gate.policies}/Busy/update; done"
+    others = f"for i in 1 2 3 4 5 6 7 8 9 10; do echo 0 > {gate.policies}/Busy/active; cat {gate.ipe}/enforce; done"
+    running = [
+        subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for script in (update, others, others)
+    ]
+    for process in running:
+        process.wait(15)  # less than the longest time that the opening of a file may take
