@@ -14,6 +14,8 @@ class KernelError(IpeEmuError, OSError):
     ``function`` names the kernel function that gives this answer, so that it can be looked up.
     """
 
+    errno: int
+
     def __init__(self, errno: int, reason: str = "", function: str = "") -> None:
         super().__init__(errno, reason or os.strerror(errno))
         self.reason = reason or os.strerror(errno)

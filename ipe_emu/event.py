@@ -29,7 +29,7 @@ class Subject:
 
 @frozen
 class File:
-    """The file of an event: its path (``d_path``), its superblock's ``s_id``, its inode number and what is known of it."""
+    """The file of an event: its path (``d_path``), its superblock's ``s_id``, its inode number, and its facts."""
 
     path: bytes
     dev: str

@@ -129,7 +129,7 @@ def of_the_model(step: dict[str, Any]) -> bool:
     if "uid" in step["as"]:
         return False
     if step["op"] == "list":
-        return step["path"] == "ipe/policies"
+        return bool(step["path"] == "ipe/policies")
     if "" in step.get("writes", ()):
         return False
     write_only = step["path"].endswith(("new_policy", "update", "delete"))

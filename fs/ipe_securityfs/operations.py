@@ -589,6 +589,6 @@ def _as_fuse(error: Exception, node: Node) -> FUSEError:
     """Answer with the model's errno; with EIO where it failed, for the mount must outlive what was written to it."""
     if isinstance(error, KernelError):
         log.info("%s: %s", node.path, error)
-        return FUSEError(error.errno or errno.EIO)
+        return FUSEError(error.errno)
     log.error("%s: this is a defect of ipe-emu", node.path, exc_info=error)
     return FUSEError(errno.EIO)

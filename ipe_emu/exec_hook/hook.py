@@ -168,7 +168,7 @@ class ExecHook:
         if isinstance(answer, Continue):
             listener.continue_(notification)
         elif isinstance(answer, Fail):
-            listener.fail(notification, answer.error.errno or errno.EPERM)
+            listener.fail(notification, answer.error.errno)
         elif isinstance(answer, Return):
             if answer.instead:
                 self._observer.not_done(_subject(notification), notification.name, answer.instead)

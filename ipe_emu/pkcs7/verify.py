@@ -45,7 +45,7 @@ def verify_pkcs7_signature(
             if second.errno == error.errno:
                 raise
             reason = f"{second.reason} (asked of the platform keyring; before that, {error})"
-            raise KernelError(second.errno or errno.ENOKEY, reason, second.function) from error
+            raise KernelError(second.errno, reason, second.function) from error
 
 
 class _Verification:
@@ -166,7 +166,7 @@ class _Verification:
                 public_key_verify_signature(issuer.public_key, certificate.signature)
             except KernelError as error:
                 self.links[link] = KernelError(
-                    error.errno or errno.EINVAL,
+                    error.errno,
                     f"{certificate.readable_name!r} is not signed by {issuer.readable_name!r}: {error.reason}",
                     error.function,
                 )
