@@ -128,4 +128,5 @@ def _listed(title: str, counter: Counter[str]) -> Iterator[str]:
 
 def _more(counter: Counter[_Kind]) -> Iterator[str]:
     if len(counter) > _MOST_SHOWN:
-        yield f"  and {len(counter) - _MOST_SHOWN} more kinds"
+        at_least = "at least " if len(counter) == _MOST_REMEMBERED else ""
+        yield f"  and {at_least}{len(counter) - _MOST_SHOWN} more kinds"
