@@ -84,6 +84,8 @@ def _surroundings(blueprint: Blueprint) -> Mapping[str, object]:
 
 
 def _look_after(channel: Channel, command: Command) -> None:
+    # What is sent to the command before it has its own dispositions is to wait for them: here they are ignored.
+    signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     child = os.fork()
     if child == 0:
         _execute(command)
