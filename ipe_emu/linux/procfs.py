@@ -52,13 +52,10 @@ class SystemCall:
 
 
 def read(pid: int | str, name: str) -> bytes:
-    """Return the content of /proc/PID/``name``."""
+    """Return the content of /proc/PID/``name``, whole: a read(2) gives the lines that fit into a page at the most."""
     fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = os.read(fd, _CHUNK)
-        if len(data) < _CHUNK // 16:  # the kernel gives small files whole, and a second read would only say so
-            return data
-        pieces = [data]
+        pieces = []
         while data := os.read(fd, _CHUNK):
             pieces.append(data)
         return b"".join(pieces)

@@ -119,3 +119,22 @@ def test_who_is_gone_is_said_to_be() -> None:
     for ask in (procfs.credentials, procfs.comm, procfs.current_syscall, procfs.threads):
         with pytest.raises((FileNotFoundError, ProcessLookupError)):
             ask(process.pid)
+
+
+@pytest.mark.needs("root")
+def test_a_long_file_is_read_whole() -> None:
+    """The kernel gives as many lines at a time as fit into a page: mountinfo has more on many machines."""
+    program = (
+        "import os, sys; sys.path[:0] = sys.argv[1:]\n"
+        "from pathlib import Path\n"
+        "from ipe_emu.linux import mounts, namespaces, procfs\n"
+        "namespaces.unshare(namespaces.Namespace.MOUNT)\n"
+        "mounts.make_private()\n"
+        "for _ in range(120):\n"
+        "    mounts.attach(mounts.new_filesystem(b'tmpfs', {}), Path('/mnt'))\n"
+        "lines = procfs.read('self', 'mountinfo').splitlines()\n"
+        "assert lines == Path('/proc/self/mountinfo').read_bytes().splitlines()\n"
+        "assert len(lines) > 120\n"
+    )
+    root = Path(__file__).parent.parent.parent
+    subprocess.run([sys.executable, "-c", program, str(root), str(root / "fs")], check=True, timeout=60)
