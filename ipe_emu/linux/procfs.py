@@ -52,7 +52,7 @@ class SystemCall:
 
 
 def read(pid: int | str, name: str) -> bytes:
-    """Return the whole content of /proc/PID/``name``; one read(2) gives no more lines than fit into a page."""
+    """Return the whole content of /proc/PID/``name``, which comes in pieces of as many lines as fit into a page."""
     fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         pieces = []
