@@ -116,6 +116,15 @@ def _locked(path: Path) -> int:
         os.close(fd)
 
 
+def sweep(directory: Path) -> None:
+    """Remove what emulators that were killed have left in a runtime directory."""
+    for lock in directory.glob("*.lock"):
+        with contextlib.suppress(UserError, OSError), held_lock(lock):  # in use, or being swept by another
+            for path in directory.glob(f"{lock.stem}.*"):
+                if path != lock:
+                    path.unlink(missing_ok=True)
+
+
 def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock of a mount point."""
     try:

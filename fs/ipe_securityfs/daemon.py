@@ -18,7 +18,7 @@ from ipe_emu.integrity.declared import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import Ipe
 from ipe_securityfs.clients import Credentials
-from ipe_securityfs.control import Server, held_lock, key_of, make_runtime_directory
+from ipe_securityfs.control import Server, held_lock, key_of, make_runtime_directory, sweep
 from ipe_securityfs.mount import Session
 from ipe_securityfs.operations import MountedAs
 from ipe_securityfs.service import AuditTap, Service
@@ -94,6 +94,7 @@ def mount_in_foreground(ipe: Ipe, facts: FactsSource, options: MountOptions, rea
     """
     mountpoint = _checked(options)
     directory = make_runtime_directory()
+    sweep(directory)
     key = key_of(mountpoint)
     with held_lock(directory / f"{key}.lock"):
         wait_for_helper(mountpoint)
@@ -135,6 +136,7 @@ def _daemon(ipe: Ipe, facts: FactsSource, options: MountOptions, writable: int) 
         with _telling_failures(writable):
             mountpoint = os.path.realpath(options.mountpoint)
             directory = make_runtime_directory()
+            sweep(directory)
             key = key_of(mountpoint)
             with held_lock(directory / f"{key}.lock"):
                 wait_for_helper(mountpoint)
