@@ -4,32 +4,51 @@ import errno
 import hashlib
 import os
 import struct
+from collections.abc import Callable
+from contextlib import closing
 
-from ipe_emu.errors import KernelError
+from ipe_emu.errors import KernelError, UserError
+from ipe_emu.integrity.block_hashes import BlockHasher
 from ipe_emu.integrity.facts import Digest
+from ipe_emu.integrity.hash_workers import Progress, hash_file, no_progress
+from ipe_emu.integrity.merkle import Shape, TreeBuilder
 
 #: The hash algorithms fs-verity knows, with their numbers in struct fsverity_descriptor.
 HASH_ALGORITHMS = {"sha256": 1, "sha512": 2}
 DEFAULT_BLOCK_SIZE = 4096
-_CHUNK_BLOCKS = 256
+#: Bytes. A kernel takes those up to the size of its pages, and of its file system's blocks.
+BLOCK_SIZES = tuple(1024 << power for power in range(7))
+MAX_SALT_SIZE = 32
+_MAX_LEVELS = 8
+
+#: Asks the kernel for the digest of a sealed file: the algorithm's number and the digest; OSError as the ioctl.
+MeasureVerity = Callable[[int], tuple[int, bytes]]
 
 
-def measure(fd: int, algorithm: str, *, block_size: int = DEFAULT_BLOCK_SIZE, salt: bytes = b"") -> Digest:
+def measure(
+    fd: int,
+    algorithm: str,
+    *,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    salt: bytes = b"",
+    jobs: int = 1,
+    progress: Progress = no_progress,
+) -> Digest:
     """Compute the digest that FS_IOC_MEASURE_VERITY would give for the open file ``fd``, without sealing it.
 
-    ``block_size`` is bytes, a power of two from 1024; ``salt`` at most 32 bytes. KernelError EINVAL for an algorithm
-    that fs-verity does not have. Memory is bounded whatever the file's size.
+    ``block_size`` is bytes, one of ``BLOCK_SIZES``; ``salt`` at most 32 bytes; ``jobs`` processes share the work.
+    KernelError EINVAL for an algorithm that fs-verity does not have, EFBIG for a file that is too large for these
+    parameters, EIO for one that is cut meanwhile; UserError for other wrong parameters; OSError as pread(2). Memory is
+    bounded whatever the file's size. Moves the file's offset.
     """
     if algorithm not in HASH_ALGORITHMS:
         raise KernelError(errno.EINVAL, f"fs-verity has no hash algorithm {algorithm!r}", "fsverity_get_hash_alg")
-    tree = _MerkleTree(algorithm, block_size, salt)
-    size = 0
-    offset = 0
-    while chunk := os.pread(fd, block_size * _CHUNK_BLOCKS, offset):
-        offset += len(chunk)
-        size += len(chunk)
-        tree.add(chunk)
-    root = tree.root()
+    if block_size not in BLOCK_SIZES:
+        raise UserError(f"block size is {block_size}; it is a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
+    if len(salt) > MAX_SALT_SIZE:
+        raise UserError(f"salt has {len(salt)} bytes; it has {MAX_SALT_SIZE} at most")
+    size = os.fstat(fd).st_size
+    root = _root_hash(fd, size, algorithm, block_size, salt, jobs, progress) if size else b""
     # struct fsverity_descriptor: version, hash_algorithm, log_blocksize, salt_size, sig_size, data_size,
     # root_hash[64], salt[32], reserved[144].
     descriptor = struct.pack(
@@ -39,61 +58,55 @@ def measure(fd: int, algorithm: str, *, block_size: int = DEFAULT_BLOCK_SIZE, sa
     return Digest(algorithm, hashlib.new(algorithm, descriptor).digest())
 
 
-class _MerkleTree:
-    """A Merkle tree that keeps one unfinished block of every level, so its memory is the tree's height."""
+def _root_hash(
+    fd: int, size: int, algorithm: str, block_size: int, salt: bytes, jobs: int, progress: Progress
+) -> bytes:
+    unsalted = hashlib.new(algorithm)
+    # The salt is padded with zeros to the hash function's own block size.
+    prefix = salt + bytes(-len(salt) % unsalted.block_size)
+    hasher = BlockHasher(algorithm, None, block_size, unsalted.digest_size, prefix, b"")
+    shape = Shape(block_size, unsalted.digest_size, block_size // unsalted.digest_size)
+    if len(shape.level_sizes(-(-size // block_size))) > _MAX_LEVELS:
+        raise KernelError(
+            errno.EFBIG,
+            f"the file's {size} bytes need more than {_MAX_LEVELS} levels",
+            "fsverity_init_merkle_tree_params",
+        )
+    builder = TreeBuilder(shape, hasher.hash_block)
+    whole, tail = divmod(size, block_size)
+    with closing(hash_file(fd, hasher, whole, jobs=jobs, progress=progress)) as digests:
+        for digest in digests:
+            builder.add(digest.slots, digest.repeat)
+    if tail:
+        builder.add(hasher.hash_block(_read_tail(fd, whole * block_size, tail) + bytes(block_size - tail)))
+        progress(tail)
+    return builder.root()
 
-    def __init__(self, algorithm: str, block_size: int, salt: bytes) -> None:
-        self._block_size = block_size
-        # The salt is padded with zeros to the hash function's own block size.
-        unsalted = hashlib.new(algorithm)
-        padding = -len(salt) % unsalted.block_size
-        unsalted.update(salt + bytes(padding))
-        self._salted = unsalted
-        self._levels: list[bytearray] = [bytearray()]
 
-    def _hash(self, block: bytes | memoryview) -> bytes:
-        hasher = self._salted.copy()
-        hasher.update(block)
-        missing = self._block_size - len(block)
-        if missing:
-            hasher.update(bytes(missing))
-        return hasher.digest()
+def _read_tail(fd: int, offset: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise KernelError(errno.EIO, "it became shorter while it was read", "pread")
+        data += more
+    return data
 
-    def add(self, data: bytes) -> None:
-        pending = self._levels[0]
-        pending += data
-        full = len(pending) - len(pending) % self._block_size
-        with memoryview(pending) as view:
-            hashes = [self._hash(view[i : i + self._block_size]) for i in range(0, full, self._block_size)]
-        del pending[:full]
-        for digest in hashes:
-            self._push(1, digest)
 
-    def _push(self, level: int, digest: bytes) -> None:
-        if level == len(self._levels):
-            self._levels.append(bytearray())
-        block = self._levels[level]
-        if len(block) == self._block_size:
-            parent = self._hash(bytes(block))
-            block.clear()
-            self._push(level + 1, parent)
-        self._levels[level] += digest
+def sealed_digest(fd: int, measure_verity: MeasureVerity) -> Digest | None:
+    """Return the digest that the kernel vouches for, None if the file is not sealed or its file system cannot seal.
 
-    def root(self) -> bytes:
-        """Finish the tree: the hash of its topmost block, or zeros for an empty file."""
-        if self._levels[0]:
-            last = self._hash(bytes(self._levels[0]))
-            self._levels[0].clear()
-            self._push(1, last)
-        if len(self._levels) == 1:
-            return b""
-        level = 1
-        while level < len(self._levels) - 1:
-            digest = self._hash(bytes(self._levels[level]))
-            self._levels[level].clear()
-            self._push(level + 1, digest)
-            level += 1
-        top = bytes(self._levels[-1])
-        digest_size = self._salted.digest_size
-        # A file of one block has no tree: its root hash is that block's hash.
-        return top if len(top) == digest_size else self._hash(top)
+    KernelError EINVAL for an algorithm that is not known here; OSError as the ioctl for all other faults.
+    """
+    try:
+        number, value = measure_verity(fd)
+    except OSError as error:
+        if error.errno in {errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP}:
+            return None
+        raise
+    for name, known in HASH_ALGORITHMS.items():
+        if number == known:
+            return Digest(name, value)
+    raise KernelError(
+        errno.EINVAL, f"the file is sealed with the hash algorithm number {number}", "fsverity_ioctl_measure"
+    )

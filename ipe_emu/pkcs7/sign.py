@@ -1,4 +1,4 @@
-"""Sign a policy as ``openssl smime -sign -noattr -nodetach -binary -outform der`` would."""
+"""Sign a policy as ``openssl smime -sign -noattr -nodetach -binary -outform der`` would, and other things detached."""
 
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,34 @@ def sign_policy(
     they cannot be read or do not belong together, for keys a kernel does not have, and if the result is
     larger than a kernel takes (65,535 bytes).
     """
+    blob = _sign(text, key, certificate, digest, password, [])
+    if len(blob) > MAX_SIZE:
+        raise UserError(
+            f"the signed policy has {len(blob)} bytes; a kernel takes {MAX_SIZE} at most (EMSGSIZE): "
+            f"shorten the text by {len(blob) - MAX_SIZE} bytes"
+        )
+    return blob
+
+
+def sign_detached(
+    content: bytes, key: bytes, certificate: bytes, *, digest: str = "sha256", password: bytes | None = None
+) -> bytes:
+    """Return DER-encoded SignedData over ``content``, with neither content, certificates nor attributes in it.
+
+    This is what ``fsverity sign`` makes of a formatted digest. UserError as ``sign_policy``.
+    """
+    options = [pkcs7.PKCS7Options.DetachedSignature, pkcs7.PKCS7Options.NoCerts]
+    return _sign(content, key, certificate, digest, password, options)
+
+
+def _sign(
+    content: bytes,
+    key: bytes,
+    certificate: bytes,
+    digest: str,
+    password: bytes | None,
+    more_options: list[pkcs7.PKCS7Options],
+) -> bytes:
     if digest not in DIGESTS:
         raise UserError(f"unknown digest {digest!r}: choose from {', '.join(DIGESTS)}")
     private_key = _load_key(key, password)
@@ -39,18 +67,12 @@ def sign_policy(
         raise UserError("a kernel has RSA and ECDSA keys only; this key is neither")
     if private_key.public_key() != signer.public_key():
         raise UserError("the private key does not belong to the certificate")
-    options = [pkcs7.PKCS7Options.NoAttributes, pkcs7.PKCS7Options.Binary]
-    builder = pkcs7.PKCS7SignatureBuilder().set_data(text).add_signer(signer, private_key, DIGESTS[digest]())
+    options = [pkcs7.PKCS7Options.NoAttributes, pkcs7.PKCS7Options.Binary, *more_options]
+    builder = pkcs7.PKCS7SignatureBuilder().set_data(content).add_signer(signer, private_key, DIGESTS[digest]())
     try:
-        blob = builder.sign(serialization.Encoding.DER, options)
+        return builder.sign(serialization.Encoding.DER, options)
     except ValueError as error:
         raise UserError(f"signing failed: {error}") from error
-    if len(blob) > MAX_SIZE:
-        raise UserError(
-            f"the signed policy has {len(blob)} bytes; a kernel takes {MAX_SIZE} at most (EMSGSIZE): "
-            f"shorten the text by {len(blob) - MAX_SIZE} bytes"
-        )
-    return blob
 
 
 def _load_key(data: bytes, password: bytes | None) -> "PrivateKeyTypes":
