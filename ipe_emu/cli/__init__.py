@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "run a command whose every execution the emulator judges",
     "policy": "check, show, sign and explain policies",
     "keys": "make test keys",
+    "verity": "make and check dm-verity hash trees, fs-verity digests and signatures",
     "decide": "ask a mounted emulator about one operation on one file",
     "status": "show what a mounted emulator holds",
     "audit": "print the audit records of a mounted emulator",
