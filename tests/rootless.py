@@ -44,6 +44,10 @@ def _main() -> None:
     _append("/etc/group", f"{NAME}:x:{UID}:")
     for file in ("/etc/subuid", "/etc/subgid"):
         _append(file, f"{NAME}:{ids}" if ids != "none" else "# none")
+    runtime = _PLACE / "run"
+    runtime.mkdir(mode=0o700)
+    os.chown(runtime, UID, UID)
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)  # as a login gives one; this one vanishes with the namespace
     for fd in (0, 1, 2):
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, UID, UID)  # as pipes of his own would be

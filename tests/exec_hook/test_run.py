@@ -206,10 +206,11 @@ def test_the_directory_of_control_sockets_is_concealed(emu: Runner) -> None:
     concealed = re.findall(r"conceal (\S+)", done.stderr)
     assert concealed
     for directory in concealed:
-        assert stat.S_IMODE(Path(directory).stat().st_mode) == 0o700
         inside = emu.shell(f"ls -A {directory}; touch {directory}/x; umount {directory}; echo; stat -c %a {directory}")
         assert inside.stdout.split() == ["0"]
-        assert not (Path(directory) / "x").exists()
+        if not emu.plain_user:  # whose directory is in a mount namespace of its own
+            assert stat.S_IMODE(Path(directory).stat().st_mode) == 0o700
+            assert not (Path(directory) / "x").exists()
 
 
 def test_the_audit_log_can_be_read_and_not_changed(emu: Runner) -> None:
