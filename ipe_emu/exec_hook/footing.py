@@ -67,17 +67,18 @@ def obtain(*, mountable_only: bool = False) -> Footing:
         return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0, notes)
     if not namespaces.is_initial():
         return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0)
+    reason = "the files of a mounted emulator"
     if not mountable_only:
         shifted = _make_user_namespace(_SHIFTED)
         if _can_shift(shifted):
             return Footing(Kind.SHIFTED, shifted, _SHIFT)
         os.close(shifted)
+        reason = "the files of the root directory's file system"
     note = (
-        "the root directory's file system cannot be given to other ids here: the command runs as this machine's root,"
-        " with devices and the kernel's controls kept from it, but not the services that trust root"
+        f"{reason} cannot be given to other ids: the command runs as this machine's root, with devices and the kernel's"
+        " controls kept from it, but not the services that trust root"
     )
-    notes = () if mountable_only else (note,)
-    return Footing(Kind.SHIELDED, _make_user_namespace(namespaces.current_map()), 0, notes)
+    return Footing(Kind.SHIELDED, _make_user_namespace(namespaces.current_map()), 0, (note,))
 
 
 @contextlib.contextmanager
