@@ -161,10 +161,15 @@ def test_nothing_of_ours_is_inherited(emu: Runner) -> None:
     assert emu.shell("cd /proc/self/fd; echo *").stdout.split() == ["0", "1", "2", "3"]  # 3 is the directory
 
 
+def signals_in(mask: str) -> int:
+    """The standard signals of a mask; 32 and 33 are the C library's own, and what make starts has them ignored."""
+    return int(mask, 16) & 0x7FFFFFFF
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
 def test_signals_are_as_they_were(emu: Runner, number: signal.Signals) -> None:
     done = emu.run("run", "--", "grep", "^Sig[BI]", "/proc/self/status")
-    ignored = {name: int(value, 16) for name, value in (line.split() for line in done.stdout.splitlines())}
+    ignored = {name: signals_in(value) for name, value in (line.split() for line in done.stdout.splitlines())}
     assert ignored == {"SigBlk:": 0, "SigIgn:": 0}
 
 
@@ -174,7 +179,7 @@ def test_an_ignored_signal_stays_ignored(emu: Runner) -> None:
     done = subprocess.run(
         ["nohup", *command], capture_output=True, text=True, timeout=LIMIT, env=environment, check=True
     )
-    assert int(done.stdout.split()[1], 16) == 1 << (signal.SIGHUP - 1)
+    assert signals_in(done.stdout.split()[1]) == 1 << (signal.SIGHUP - 1)
 
 
 def test_it_works_where_dead_children_are_ignored(emu: Runner) -> None:
@@ -184,7 +189,7 @@ def test_it_works_where_dead_children_are_ignored(emu: Runner) -> None:
         env={**os.environ, "PYTHONPATH": f"{Path.cwd()}:{Path.cwd() / 'fs'}"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0
-    assert int(done.stdout.split()[1], 16) == 1 << (signal.SIGCHLD - 1)
+    assert signals_in(done.stdout.split()[1]) == 1 << (signal.SIGCHLD - 1)
 
 
 def test_it_works_in_a_directory_that_was_removed(tmp_path: Path) -> None:
