@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -222,6 +222,67 @@ def starts(place: Path) -> Iterator[Row]:
         yield Row(what, f"{millis:.0f} ms", f"{target_ms} ms", millis <= target_ms)
 
 
+def trees(place: Path) -> Iterator[Row]:
+    """Hashing an image of a gibibyte, in turns with the programs that do it in C; and the memory that takes."""
+    veritysetup = shutil.which("veritysetup", path=f"{os.environ['PATH']}:/usr/sbin")
+    fsverity = shutil.which("fsverity")
+    if veritysetup is None or fsverity is None:
+        yield Row("hashing 1 GiB", "not measured: no veritysetup, or no fsverity", "0.8", met=False)
+        return
+    image, hash_image = place / "image", place / "image.hash"
+    part = os.urandom(64 << 20)
+    with image.open("wb") as file:
+        for _ in range(16):
+            file.write(part)
+    ours: list[str | Path] = [EMU, "verity"]
+    formatted = subprocess.run(
+        [*ours, "dm", "format", "--salt", "-", image, hash_image], check=True, capture_output=True, text=True
+    ).stdout
+    root = formatted.split()[-1]
+    their_format: list[str | Path] = [veritysetup, "format", "--salt", "-", image, place / "theirs"]
+    their_verify: list[str | Path] = [veritysetup, "verify", image, hash_image, root]
+
+    def finished(*command: "str | Path") -> float:
+        return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+
+    comparisons: tuple[tuple[str, list[str | Path], list[str | Path]], ...] = (
+        ("dm roothash of 1 GiB, against veritysetup verify", ["dm", "roothash", image], their_verify),
+        ("dm roothash of 1 GiB, against veritysetup format", ["dm", "roothash", image], their_format),
+        ("dm verify of 1 GiB, against veritysetup verify", ["dm", "verify", image, hash_image, root], their_verify),
+        ("fs digest of 1 GiB, against fsverity digest", ["fs", "digest", image], [fsverity, "digest", image]),
+    )
+    for what, mine, theirs in comparisons:
+        pairs = [(finished(*ours, *mine), finished(*theirs)) for _ in range(7)]
+        mine_s, theirs_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratio = mine_s / theirs_s
+        yield Row(what, f"{ratio:.2f} ({mine_s:.2f} s to {theirs_s:.2f} s)", "0.8", ratio <= 0.8)
+    mib = memory_of(*ours, "dm", "verify", image, hash_image, root)
+    yield Row("memory of dm verify of 1 GiB, all its processes", f"{mib:.0f} MiB", "200 MiB", mib <= 200)
+
+
+def memory_of(*command: "str | Path") -> float:
+    """The most MiB that a command and its children had at once, pages they share counted once; by looking often."""
+    most = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with suppress(OSError):  # whatever ends while it is looked at
+                pids = [
+                    process.pid,
+                    *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()),
+                ]
+                most = max(most, sum(pss(pid) for pid in pids))
+            time.sleep(0.01)
+    if process.returncode:
+        raise SystemExit("what was to be measured failed")
+    return most / 1024
+
+
+def pss(pid: int) -> int:
+    """The KiB of memory a process has, its share of what it shares."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
 def main() -> None:
     """Measure everything and print the table."""
     console = Console()
@@ -229,7 +290,9 @@ def main() -> None:
     table = Table("what", "measured (median)", "target", "", title="ipe-emu, measured in one run on this machine")
     with tempfile.TemporaryDirectory(prefix="ipe-bench.") as name, console.status("measuring…"):
         place = Path(name)
-        measurements = (decisions(), parsing(), verification(place), nodes(place), loops(place), starts(place))
+        measurements = (
+            decisions(), parsing(), verification(place), nodes(place), loops(place), starts(place), trees(place)
+        )  # fmt: skip
         for row in itertools.chain(*measurements):
             table.add_row(row.what, row.measured, row.target, "met" if row.met else "MISSED")
     console.print(table)

@@ -60,15 +60,23 @@ def hash_file(
     OSError as pread(2), and KernelError EIO if the file ends before: it was cut while it was read.
     """
     tasks = _tasks(fd, hasher.block_size, offset, count)
+    team = _team_for(fd, hasher, count, jobs)
+    answers = _one_by_one(fd, hasher, tasks) if team is None else _in_order(team, hasher, tasks)
+    with closing(answers):
+        for task, slots in answers:
+            yield slots
+            progress(task.count * hasher.block_size)
+
+
+def _team_for(fd: int, hasher: BlockHasher, count: int, jobs: int) -> "_Team | None":
+    """Start workers, if the file is worth it and this machine lets us."""
     # A worker cannot inherit what stands in the place of its own stdin, stdout or stderr.
-    answers: Iterator[tuple[_Task, Slots]]
     if jobs < 2 or count * hasher.block_size < _WORTH_WORKERS or fd <= 2 or not sys.executable:
-        answers = ((task, _here(fd, hasher, task)) for task in tasks)
-    else:
-        answers = _in_order(fd, hasher, tasks, jobs)
-    for task, slots in answers:
-        yield slots
-        progress(task.count * hasher.block_size)
+        return None
+    try:
+        return _Team(fd, hasher, jobs)
+    except OSError:  # no more processes, or descriptors: slower, and the same
+        return None
 
 
 def _tasks(fd: int, block_size: int, start: int, count: int) -> Iterator[_Task]:
@@ -117,6 +125,11 @@ def _next_hole(fd: int, position: int, end: int) -> tuple[int, int]:
 
 def _hole(hasher: BlockHasher, task: _Task) -> Slots:
     return Slots(hasher.hash_block(bytes(hasher.block_size)), task.count)
+
+
+def _one_by_one(fd: int, hasher: BlockHasher, tasks: Iterator[_Task]) -> Generator[tuple[_Task, Slots], None, None]:
+    for task in tasks:
+        yield task, _here(fd, hasher, task)
 
 
 def _here(fd: int, hasher: BlockHasher, task: _Task) -> Slots:
@@ -237,13 +250,13 @@ class _Team:
             worker.stop()
 
 
-def _in_order(fd: int, hasher: BlockHasher, tasks: Iterator[_Task], jobs: int) -> Iterator[tuple[_Task, Slots]]:
+def _in_order(team: _Team, hasher: BlockHasher, tasks: Iterator[_Task]) -> Generator[tuple[_Task, Slots], None, None]:
     """Give tasks to whichever worker is free, and the answers out in the tasks' order."""
     finished: dict[int, tuple[_Task, Slots]] = {}
     next_out = 0
     numbered = enumerate(tasks)
-    item = next(numbered, None)
-    with closing(_Team(fd, hasher, jobs)) as team:
+    with closing(team):
+        item = next(numbered, None)
         while item is not None or team.busy:
             while item is not None and len(finished) < _FINISHED_AHEAD and team.has_room:
                 number, task = item

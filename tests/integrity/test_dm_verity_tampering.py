@@ -5,6 +5,7 @@ import random
 import resource
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,27 @@ def test_an_image_that_is_cut_while_it_is_read(image: Image) -> None:
         assert caught.value.name == "EIO"
         with pytest.raises((KernelError, UserError)):
             volume.verify()
+
+
+def test_many_threads_read_one_volume(image: Image) -> None:
+    content = image.data.read_bytes()[: PARAMETERS.data_size]
+    flip(image.data, 300 * 512 * 8)
+    with opened(image.data) as data_fd, opened(image.hash_image) as hash_fd:
+        volume = image.volume(data_fd, hash_fd)
+
+        def read(seed: int) -> list[int]:
+            bad = []
+            for number in random.Random(seed).sample(range(PARAMETERS.data_blocks), PARAMETERS.data_blocks):
+                try:
+                    block = volume.read_block(number)
+                except CorruptedError as error:
+                    bad.append(error.block)
+                else:
+                    assert block == content[number * 512 :][:512]
+            return bad
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(read, range(8))) == [[300]] * 8
 
 
 def test_a_single_block(tmp_path: Path) -> None:

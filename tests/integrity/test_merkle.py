@@ -1,14 +1,17 @@
 """Trees against a plain reference, and the hashing of files by one process and by several."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -196,3 +199,23 @@ def test_progress_adds_up(holes: Path) -> None:
     assert sum(done) == 40 * MIB
     assert max(done) <= 20 * MIB
     assert hash_workers.TASK_BYTES in done
+
+
+def test_without_workers_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(random.Random(4).randbytes(33 * MIB))
+    expected = digests(path, 2)
+    before = children()
+    real = subprocess.Popen
+    started: list[object] = []
+
+    def popen(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        if started:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(real(*arguments, **options))
+        return started[0]  # type: ignore[return-value]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert digests(path, 2) == expected
+    assert len(started) == 1
+    assert children() == before

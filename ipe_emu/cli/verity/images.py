@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from ipe_emu.cli.output import escape
 from ipe_emu.errors import KernelError, UserError
 
-#: How many processes may work at once.
-JOBS = len(os.sched_getaffinity(0))
+#: How many processes may work at once: one for each core, and no more than memory is there for.
+JOBS = min(8, len(os.sched_getaffinity(0)))
 
 
 @contextmanager
