@@ -181,6 +181,8 @@ class _Worker:
 
     def answer(self) -> tuple[int, _Task, Slots]:
         """Wait for the answer to the oldest task."""
+        if not self.queued:  # nothing was asked: what can be read is the end
+            raise self._died()
         number, task = self.queued.pop(0)
         (fault,) = ANSWER.unpack(self._receive(ANSWER.size))
         if fault == -1:
