@@ -68,7 +68,8 @@ def test_every_option_and_command_it_names_exists() -> None:
             known |= set(action.option_strings)
             if isinstance(action.choices, dict):
                 waiting += action.choices.values()
-    named = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
+    code = re.findall(r"`([^`\n]+)`", README)
+    named = {option for words in code for option in re.findall(r"--[a-z][a-z-]+", words)}
     assert named - known == set()
     for name in re.findall(r"`ipe-emu (\w+)", README):
         assert name in helps, name
