@@ -236,7 +236,7 @@ def test_superblocks_that_lie(image: Image, superblock: bytes, complaint: str) -
     start = time.monotonic()
     with pytest.raises(UserError, match=complaint):
         image.verify()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10_000  # KiB
 
 

@@ -81,7 +81,7 @@ def test_equal_blocks_cost_nothing() -> None:
     builder = TreeBuilder(SHAPE, short_hash)
     builder.add(b"abcd", many)
     builder.root()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
 
 
 def hasher(block_size: int = 4096, prefix: bytes = b"salt") -> BlockHasher:
