@@ -22,6 +22,7 @@ from typing import Final, NoReturn
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError
+from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.linux import capabilities, mounts, namespaces, process
 from ipe_emu.linux.capabilities import Capability
 from ipe_emu.linux.mounts import Attribute
@@ -145,6 +146,8 @@ def _hold_user_namespace(ready: int, done: int, others: tuple[int, ...]) -> NoRe
         for fd in others:
             os.close(fd)
         namespaces.unshare(Namespace.USER)
+        namespaces.unshare(Namespace.MOUNT)  # one that belongs to it, or no file system could be made
+        binfmt_misc.give_own_registry()
         os.write(ready, b"\0")
         os.read(done, 1)
     except OSError as error:

@@ -13,6 +13,7 @@ from ipe_emu.exec_hook.execve import plan_execve, plan_execveat
 from ipe_emu.exec_hook.kexec import plan_kexec_file_load, plan_kexec_load
 from ipe_emu.exec_hook.mmap import PROT_EXEC, plan_mmap
 from ipe_emu.exec_hook.modules import plan_finit_module, plan_init_module
+from ipe_emu.exec_hook.mount import plan_fsopen, plan_mount
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.mprotect import plan_mprotect
 from ipe_emu.exec_hook.plan import Continue, Event, Fail, Plan, Refuse, Return
@@ -46,6 +47,8 @@ _ALWAYS: Final = (
     Rule("init_module", Action.NOTIFY),
     Rule("kexec_file_load", Action.NOTIFY),
     Rule("kexec_load", Action.NOTIFY),
+    Rule("mount", Action.NOTIFY),
+    Rule("fsopen", Action.NOTIFY),
     Rule("uselib", Action.ENOSYS),
 )
 _WITH_SECURITYFS: Final = (
@@ -123,6 +126,8 @@ class ExecHook:
             "init_module": plan_init_module,
             "kexec_file_load": plan_kexec_file_load,
             "kexec_load": plan_kexec_load,
+            "mount": plan_mount,
+            "fsopen": plan_fsopen,
         }
         if securityfs is not None:
             for name, which in _COPIES.items():

@@ -103,6 +103,15 @@ def new_filesystem(kind: bytes, options: Mapping[bytes, bytes | None], attribute
         os.close(context)
 
 
+def new_superblock(kind: bytes) -> None:
+    """Make an instance of a file system for this process's user namespace, mounted nowhere, and let go of it."""
+    context = syscalls.call("fsopen", kind, _FSOPEN_CLOEXEC)
+    try:
+        syscalls.call("fsconfig", context, _FSCONFIG_CMD_CREATE, None, None, 0)
+    finally:
+        os.close(context)
+
+
 def _messages(context: int) -> Iterator[str]:
     # One read gives one message, "e fuse: Invalid rootmode"; ENODATA ends them.
     with contextlib.suppress(OSError):

@@ -49,7 +49,7 @@ def registry(tmp_path: Path) -> Path:
 
 
 def test_registrations(registry: Path) -> None:
-    formats = binfmt_misc.registered(str(registry))
+    formats = binfmt_misc.registered_for_all(str(registry))
     assert {f.name: f.flags for f in formats} == {"qemu": "OCF", "java": "", "at": "P"}
     cases = {
         (b"\x7fELF\x99\xb7", b"x"): b"/usr/bin/qemu",
@@ -68,8 +68,17 @@ def test_registrations(registry: Path) -> None:
 
 def test_disabled_or_absent(registry: Path, tmp_path: Path) -> None:
     (registry / "status").write_text("disabled\n")
-    assert binfmt_misc.registered(str(registry)) == ()
-    assert binfmt_misc.registered(str(tmp_path / "nothing")) == ()
+    assert binfmt_misc.registered_for_all(str(registry)) == ()
+    without = tmp_path / "filesystems"
+    without.write_text("nodev\ttmpfs\n\text4\n")
+    assert binfmt_misc.registered_for_all(str(tmp_path / "nothing"), str(without)) == ()
+
+
+def test_what_may_be_registered_unseen_is_not_judged(tmp_path: Path) -> None:
+    with_it = tmp_path / "filesystems"
+    with_it.write_text("nodev\ttmpfs\nnodev\tbinfmt_misc\n\text4\n")
+    with pytest.raises(NotJudgedError, match="not mounted"):
+        binfmt_misc.registered_for_all(str(tmp_path / "nothing"), str(with_it))
 
 
 def test_two_that_match_are_not_judged() -> None:
