@@ -21,6 +21,8 @@ _FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
 #: The calls that take their data from another file: which argument is the descriptor that is written to.
 _FROM_FILE: Final = {"sendfile": 0, "splice": 2, "copy_file_range": 2}
 _PLAIN_WRITES: Final = frozenset(syscalls.NUMBERS[name] for name in _FROM_BUFFER if name in syscalls.NUMBERS)
+#: The flag that do_loop_readv_writev() takes no notice of; every other one it refuses.
+_RWF_HIPRI: Final = 1
 #: The most segments that a vector can have (UIO_MAXIOV).
 _UIO_MAXIOV: Final = 1024
 
@@ -89,6 +91,11 @@ class WaitingWrite:
         return self.call.name in _FROM_FILE
 
     @property
+    def has_flags(self) -> bool:
+        """Whether it asks for what securityfs cannot do, having no ``write_iter`` (``do_loop_readv_writev()``)."""
+        return self.call.name == "pwritev2" and bool(self.call.arguments[5] & 0xFFFFFFFF & ~_RWF_HIPRI)
+
+    @property
     def count(self) -> int:
         """How many bytes the whole call is to write."""
         return sum(segment.length for segment in self.segments)
@@ -96,6 +103,17 @@ class WaitingWrite:
     def starts_with(self, data: bytes) -> bool:
         """Whether the memory that the call writes begins with ``data``."""
         return self.read(len(data)) == data
+
+    def goes_on_after(self, length: int) -> bool:
+        """Whether a byte of the writer's memory follows the first ``length`` ones: more of the call will come."""
+        for segment in self.segments:
+            if length < segment.length:
+                try:
+                    return bool(procfs.copy_from_user(self.tid, segment.address + length, 1))
+                except OSError:
+                    return False
+            length -= segment.length
+        return False
 
     def read(self, length: int) -> bytes:
         """Return the first ``length`` bytes that the call writes; OSError where they cannot be read."""

@@ -39,6 +39,7 @@ from ipe_emu.linux import procfs
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.clients import (
     Credentials,
+    Segment,
     Target,
     WaitingWrite,
     executable_of,
@@ -64,7 +65,7 @@ _SECONDS_TO_REMOVE: Final = 2.0
 #: How long the opener alone is looked at, if it was running: nearly always it writes itself.
 _SECONDS_TO_SEE_OPENER: Final = 0.02
 #: What kstrtobool_from_user() copies.
-_BOOLEAN_LENGTH: Final = 4
+_BOOLEAN_LENGTH: Final = 3
 _PAGE: Final = 4096
 #: For what only a setattr changes, which the kernel sees itself.
 _AS_LONG_AS_MOUNTED: Final = 1e6
@@ -378,20 +379,22 @@ class Operations(pyfuse3.Operations):
             await self._judge(handle, data, write if unsigned else None)
             return len(data)
         done = await self._write_segments(handle, data, write, unsigned=unsigned)
-        if done > len(data):
+        if done > len(data) and write.goes_on_after(len(data)):
             handle.rest = _Rest(write, offset + len(data), done - len(data))
         return min(done, len(data))
 
     async def _who_writes(self, handle: _Handle, data: bytes, *, compare: bool) -> WaitingWrite | None:
         """Return the system call that waits for this write; None where its answer is EPERM whatever it is.
 
-        KernelError EINVAL for sendfile(2) and its kin, EACCES if the call cannot be seen: what is not known to be one
-        policy written by one write is not let in.
+        KernelError EINVAL for sendfile(2) and its kin, EOPNOTSUPP for flags of pwritev2(2), EACCES if the call cannot
+        be seen: what is not known to be one policy written by one write is not let in.
         """
         target = Target(handle.node.ino, self.mounted_as.device)
         write = await self._find_writer(target, handle.tid, data, compare=compare)
         if write is not None and write.from_file:
             raise KernelError(errno.EINVAL, f"{write.call.name} cannot write to securityfs", "do_splice")
+        if write is not None and write.has_flags:
+            raise KernelError(errno.EOPNOTSUPP, "securityfs knows no flags of pwritev2", "do_loop_readv_writev")
         if write is None:
             if not handle.writer.opener.cap_mac_admin:
                 return None
@@ -435,12 +438,11 @@ class Operations(pyfuse3.Operations):
         for number, segment in enumerate(write.segments):
             if segment.length == 0 and number:
                 continue
-            if cut:
-                wanted = min(segment.length, WRITE_LIMIT if handle.node.takes_policy else _BOOLEAN_LENGTH)
-                content = await _from_writer(procfs.read_memory, write.tid, segment.address, wanted)
-            else:
-                content = data[done : done + segment.length]
             try:
+                if cut:
+                    content = await self._copied_in(handle, write, segment)
+                else:
+                    content = data[done : done + segment.length]
                 await self._judge(handle, content, write if unsigned else None)
             except KernelError:
                 if done:
@@ -448,6 +450,20 @@ class Operations(pyfuse3.Operations):
                 raise
             done += segment.length
         return done
+
+    async def _copied_in(self, handle: _Handle, write: WaitingWrite, segment: Segment) -> bytes:
+        """Return what the kernel copies of a segment; EFAULT where that is not all mapped, as from copy_from_user()."""
+        takes_policy = handle.node.takes_policy
+        wanted = min(segment.length, WRITE_LIMIT if takes_policy else _BOOLEAN_LENGTH)
+        try:
+            return await _from_writer(procfs.copy_from_user, write.tid, segment.address, wanted)
+        except KernelError as error:
+            refused = error
+            if not handle.writer.opener.cap_mac_admin:  # every handler asks that first
+                refused = KernelError(errno.EPERM, "the node was opened without CAP_MAC_ADMIN", handle.node.path)
+            if takes_policy:
+                self._ipe.refuse_load(refused, handle.writer)
+            raise refused from None
 
     async def _judge(self, handle: _Handle, content: bytes, write: WaitingWrite | None) -> None:
         """Put what was written to the model; ``write`` is given where it matters who writes."""
@@ -525,10 +541,15 @@ def _new_entry(node: Node) -> EntryAttributes:
 
 
 async def _from_writer(read: Callable[[*Arguments], Value], *arguments: *Arguments) -> Value:
-    """Read from the memory of the writer in another thread; KernelError EACCES if that is not possible."""
+    """Read from the memory of the writer in another thread.
+
+    KernelError EFAULT if it is not all mapped, EACCES if it cannot be read for another reason.
+    """
     try:
         return await trio.to_thread.run_sync(read, *arguments)
     except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise KernelError(errno.EFAULT, "the data is not in the writer's memory", "copy_from_user") from None
         raise KernelError(errno.EACCES, f"the writer's memory cannot be read: {error}", "") from None
 
 

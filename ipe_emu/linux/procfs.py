@@ -4,7 +4,9 @@ Every function takes a process or a thread id as this process's own /proc number
 read: ENOENT or ESRCH where the task is gone, EACCES or EPERM where this process may not look.
 """
 
+import errno
 import os
+import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
@@ -183,6 +185,19 @@ def read_memory(tid: int, address: int, length: int) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(fd)
+
+
+def copy_from_user(tid: int, address: int, length: int) -> bytes:
+    """Return ``length`` bytes as the task itself could read them; OSError EFAULT where it could not read them all.
+
+    ``read_memory`` also gives what is mapped with PROT_NONE, which a system call of the task does not get.
+    """
+    data = syscalls.writable(length)
+    here = struct.pack("=QQ", syscalls.address(data), length)
+    there = struct.pack("=QQ", address, length)
+    if length and syscalls.call("process_vm_readv", tid, here, 1, there, 1, 0) != length:
+        raise OSError(errno.EFAULT, "the memory ends early")
+    return data.raw
 
 
 def threads(pid: int) -> list[int]:

@@ -1,4 +1,6 @@
 import ctypes
+import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipe_emu.linux import procfs
+from ipe_emu.linux import procfs, syscalls
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -84,6 +86,23 @@ def test_memory() -> None:
     assert procfs.read_memory(os.getpid(), address, 0) == b""
     with pytest.raises(OSError, match="Input/output"):
         procfs.read_memory(os.getpid(), 4096, 8)
+
+
+def test_memory_that_the_task_itself_cannot_read() -> None:
+    """Mapped or not: a system call of the task would not get it either."""
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        pointer = ctypes.c_char.from_buffer(memory)
+        middle = ctypes.addressof(pointer) + mmap.PAGESIZE
+        memory[mmap.PAGESIZE - 4 : mmap.PAGESIZE] = b"last"
+        assert procfs.copy_from_user(os.getpid(), middle - 4, 4 + mmap.PAGESIZE)[:4] == b"last"
+        syscalls.call("mprotect", middle, mmap.PAGESIZE, 0)
+        assert procfs.copy_from_user(os.getpid(), middle - 4, 4) == b"last"
+        assert procfs.copy_from_user(os.getpid(), 4096, 0) == b""
+        for address, length in ((middle - 4, 5), (middle, 1), (4096, 1)):
+            with pytest.raises(OSError, match=r"Bad address|the memory ends early") as caught:
+                procfs.copy_from_user(os.getpid(), address, length)
+            assert caught.value.errno == errno.EFAULT
+        del pointer
 
 
 def test_namespaces_are_told_apart() -> None:

@@ -1,16 +1,20 @@
 """One write(2) is one policy, whoever writes it and however; what the kernel refuses is refused."""
 
+import ctypes
 import errno
+import gc
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ipe_emu.linux import syscalls
 from tests.securityfs.conftest import Mount
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, signed, text
@@ -287,3 +291,118 @@ def test_asynchronous_writers_are_refused_not_guessed(shared: Emulator) -> None:
     status = subprocess.run([sys.executable, "-m", "tests.securityfs.asynchronous", enforce], timeout=30, check=False)
     assert status.returncode == EACCES
     assert enforce.read_bytes() == before
+
+
+# -- what the wrappers of Python do not let through ---------------------------------------------------------------
+
+RWF_HIPRI, RWF_APPEND = 1, 0x10
+#: The first page, which no process may map (vm.mmap_min_addr).
+UNMAPPED = 1
+
+
+def pwritev2(fd: int, data: bytes, offset: int, flags: int) -> int:
+    """The count, or minus the errno."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    vector = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), len(data))
+    try:
+        return syscalls.call("pwritev2", fd, ctypes.addressof(vector), 1, offset, 0, flags)
+    except OSError as error:
+        return -(error.errno or 0)
+
+
+def writev(fd: int, *segments: tuple[int, int]) -> int:
+    """Write the memory at these addresses and of these lengths: the count, or minus the errno."""
+    vector = (ctypes.c_uint64 * (2 * len(segments)))(*(word for segment in segments for word in segment))
+    try:
+        return syscalls.call("writev", fd, ctypes.addressof(vector), len(segments))
+    except OSError as error:
+        return -(error.errno or 0)
+
+
+@pytest.fixture
+def end_of_memory() -> Iterator[Callable[[bytes], int]]:
+    """Put data at the very end of mapped memory; gives its address. What follows cannot be read."""
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        middle = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
+        syscalls.call("mprotect", middle, mmap.PAGESIZE, 0)
+
+        def put(data: bytes) -> int:
+            memory[mmap.PAGESIZE - len(data) : mmap.PAGESIZE] = data
+            return middle - len(data)
+
+        yield put
+        gc.collect()  # the pointer into the mapping
+
+
+@pytest.mark.parametrize("flag", [os.RWF_DSYNC, os.RWF_SYNC, RWF_APPEND, RWF_HIPRI | os.RWF_SYNC])
+def test_flags_of_pwritev2_are_refused(flag: int, shared: Emulator) -> None:
+    """``do_loop_readv_writev()`` knows none but RWF_HIPRI, and answers before a handler is asked."""
+    node = shared.ipe / "success_audit"
+    assert write(node, b"0") == 1
+    records = len(shared.records())
+    for path, data in ((node, b"1"), (shared.ipe / "new_policy", policy("Flags"))):
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            for offset in (0, -1):
+                assert pwritev2(fd, data, offset, flag) == -errno.EOPNOTSUPP
+        finally:
+            os.close(fd)
+    assert node.read_bytes() == b"0"
+    assert "Flags" not in shared.names()
+    assert len(shared.records()) == records
+
+
+def test_pwritev2_without_flags_or_with_hipri_writes(shared: Emulator) -> None:
+    node = shared.ipe / "success_audit"
+    fd = os.open(node, os.O_WRONLY)
+    try:
+        for value, flags in ((b"1", 0), (b"0", RWF_HIPRI)):
+            assert pwritev2(fd, value, 0, flags) == 1
+            assert node.read_bytes() == value
+    finally:
+        os.close(fd)
+
+
+def test_what_was_written_before_a_bad_segment_counts(shared: Emulator, end_of_memory: Callable[[bytes], int]) -> None:
+    """Each segment is one write: what came before the one that cannot be read took effect, and is the answer."""
+    node = shared.ipe / "success_audit"
+    assert write(node, b"0") == 1
+    fd = os.open(node, os.O_WRONLY)
+    try:
+        address = end_of_memory(b"1")
+        assert writev(fd, (address, 1), (UNMAPPED, 5)) == 1
+        assert node.read_bytes() == b"1"
+        assert writev(fd, (UNMAPPED, 5), (address, 1)) == -errno.EFAULT
+    finally:
+        os.close(fd)
+    whole = policy("BeforeBad")
+    fd = os.open(shared.ipe / "new_policy", os.O_WRONLY)
+    try:
+        address = end_of_memory(whole)
+        assert writev(fd, (address, len(whole)), (UNMAPPED, 5)) == len(whole)
+    finally:
+        os.close(fd)
+    assert "BeforeBad" in shared.names()
+
+
+def test_a_write_beyond_the_end_of_memory_writes_nothing(
+    shared: Emulator, end_of_memory: Callable[[bytes], int]
+) -> None:
+    """The part that FUSE passes on is not the write."""
+    whole = policy("HalfMapped")
+    address = end_of_memory(whole)
+    fd = os.open(shared.ipe / "new_policy", os.O_WRONLY)
+    try:
+        assert writev(fd, (address, len(whole) + 1)) == -errno.EFAULT
+    finally:
+        os.close(fd)
+    assert "HalfMapped" not in shared.names()
+    assert shared.records()[-1].endswith("res=0 errno=-14")
+    # of a boolean three bytes are looked at, wherever it ends
+    fd = os.open(shared.ipe / "success_audit", os.O_WRONLY)
+    try:
+        assert writev(fd, (end_of_memory(b"0\n\n"), 100)) == 3  # the kernel's 100 is more than FUSE has been told of
+        assert writev(fd, (end_of_memory(b"1\n"), 100)) == -errno.EFAULT
+    finally:
+        os.close(fd)
+    assert (shared.ipe / "success_audit").read_bytes() == b"0"
