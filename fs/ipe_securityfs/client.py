@@ -10,7 +10,7 @@ from attrs import define, field
 
 from ipe_emu.errors import IpeEmuError, NotJudgedError, UserError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.declared import OpenFile
+from ipe_emu.integrity.declared import OpenFile, Place
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.linux import syscalls
 from ipe_emu.lsm import Decision
@@ -34,6 +34,7 @@ from ipe_securityfs.wire import (
     decision_in,
     facts_in,
     file_out,
+    location_out,
     stat_out,
     subject_out,
 )
@@ -153,12 +154,10 @@ class RemoteIpe:
         except (UserError, RequestError, ProtocolError) as error:
             raise NotJudgedError(str(error)) from None
 
-    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
         """Return what the mounted emulator was told of a file; NotJudgedError if no answer comes."""
         try:
-            answer = self.connection.request(
-                "facts", path=path.decode("latin-1"), stat=stat_out(st), mount_id=mount_id or 0
-            )
+            answer = self.connection.request("facts", place=location_out(place), stat=stat_out(st))
             return facts_in(answer.get("facts"))
         except (UserError, RequestError, ProtocolError) as error:
             raise NotJudgedError(str(error)) from None

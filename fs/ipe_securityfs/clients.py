@@ -12,7 +12,7 @@ from attrs import frozen
 
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.declared import FactsSource
-from ipe_emu.linux import procfs, syscalls
+from ipe_emu.linux import mountinfo, procfs, syscalls
 from ipe_emu.lsm import Opener
 
 #: The calls whose data comes from the caller's memory, and where their arguments say so.
@@ -232,9 +232,12 @@ def describe(pid: int, fd: int, facts: FactsSource) -> File:
     status = os.fstat(fd)
     mount = procfs.mount_id("self", fd)
     known = facts.facts_of(
-        path, status, mount, lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mountinfo.location(pid, mount, path),
+        status,
+        lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
     )
-    return File(below_root_of(pid, path), procfs.superblock_name(pid, mount), status.st_ino, known)
+    superblock = mountinfo.superblock_name(pid, mount, status.st_dev) or "?"
+    return File(below_root_of(pid, path), superblock, status.st_ino, known)
 
 
 def executable_of(pid: int, facts: FactsSource) -> File | None:

@@ -35,6 +35,7 @@ from ipe_securityfs.wire import (
     file_in,
     file_out,
     integer,
+    location_in,
     stat_in,
     subject_in,
     text_of,
@@ -188,9 +189,7 @@ class Service:
         return decision_out(self.ipe.process_event(operation, hook, subject_in(request), file_in(request.get("file"))))
 
     def _facts_of(self, request: Message) -> Facts:
-        return self.facts.facts_of(
-            bytes_of(request.get("path")), stat_in(request.get("stat")), integer(request, "mount_id"), _no_content
-        )
+        return self.facts.facts_of(location_in(request.get("place")), stat_in(request.get("stat")), _no_content)
 
     # -- connections that last ----------------------------------------------------------------------------------------
 

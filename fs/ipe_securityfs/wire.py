@@ -11,7 +11,9 @@ from typing import Any, Final
 
 from ipe_emu.errors import IpeEmuError
 from ipe_emu.event import File, Subject
+from ipe_emu.integrity.declared import Place
 from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.linux.mountinfo import Location
 from ipe_emu.lsm import Decision
 from ipe_emu.policy.evaluate import Match, Verdict
 from ipe_emu.policy.parse import parse_policy
@@ -139,6 +141,26 @@ def file_in(message: object) -> File | None:
         raise ProtocolError("a file must be an object")
     dev = bytes_of(message.get("dev")).decode("utf-8", "surrogateescape")
     return File(bytes_of(message.get("path")), dev, integer(message, "ino"), facts_in(message.get("facts")))
+
+
+def location_out(place: Place | None) -> dict[str, str] | None:
+    """Return where a file lies, for the other side."""
+    if place is None:
+        return None
+    return {
+        "device": place.device,
+        "path": place.path.decode("latin-1"),
+        "mount_root": place.mount_root.decode("latin-1"),
+    }
+
+
+def location_in(value: object) -> Location | None:
+    """Take where a file lies from a message; ProtocolError if it is not that."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("device"), str):
+        raise ProtocolError("no place of a file")
+    return Location(value["device"], bytes_of(value.get("path")), bytes_of(value.get("mount_root")))
 
 
 def stat_out(status: os.stat_result) -> list[int]:

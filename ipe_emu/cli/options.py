@@ -138,8 +138,9 @@ def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
 def declared_of(args: argparse.Namespace) -> "Declared":
     """What the options declare of files; UserError for a path that is not there or a digest that does not match."""
     from ipe_emu.integrity import declared
+    from ipe_emu.linux import mountinfo
 
-    return declared.load([Path(p) for p in args.integrity], [Path(p) for p in args.boot_verified])
+    return declared.load(mountinfo.locate, [Path(p) for p in args.integrity], [Path(p) for p in args.boot_verified])
 
 
 def build_ipe(args: argparse.Namespace, profile: Profile, emit: "Callable[[AuditRecord], None]") -> "Ipe":

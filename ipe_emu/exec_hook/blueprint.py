@@ -54,8 +54,7 @@ class Blueprint:
     """The sandbox: mounts (see `mount_plan`), what to run in it, and which system calls are to be judged.
 
     ``own_securityfs`` is false where ``steps`` show one that is served elsewhere. ``user_namespace`` is a descriptor of
-    the tree's, whose root is ``root`` outside; ``shielded`` if that is root there too (`footing.Kind`). ``located`` are
-    the paths whose mounts are to be told to the supervisor.
+    the tree's, whose root is ``root`` outside; ``shielded`` if that is root there too (`footing.Kind`).
     """
 
     steps: Sequence[Step]
@@ -63,7 +62,6 @@ class Blueprint:
     user_namespace: int
     root: int
     shielded: bool
-    located: Sequence[Path]
     rules: Sequence[Rule]
     command: Command
 

@@ -10,6 +10,7 @@ from ipe_emu.exec_hook.access import Access
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.resolve import look_up
 from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.linux import mountinfo
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.
@@ -109,7 +110,9 @@ class Caller:
         st = os.fstat(fd)
         mount = self._mounts.of(self.tracee.pid, fd)
         facts = self._facts.facts_of(
-            path, st, mount.id, lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            mountinfo.location(self.tracee.pid, mount.id, path),
+            st,
+            lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
         )
         return File(self.below_root(path), mount.superblock, st.st_ino, facts)
 

@@ -11,7 +11,7 @@ from ipe_emu.exec_hook.hook import Judge
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
 from ipe_emu.exec_hook.supervisor import SecurityFsServer
-from ipe_emu.integrity.declared import Declared, Entry, FactsSource, MountAttachment
+from ipe_emu.integrity.declared import Declared, FactsSource, is_volume
 from ipe_emu.lsm import Ipe, UpstreamRefusal
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Emulator(Protocol):
         """Where a securityfs is mounted that the tree is to see; None if it gets one of its own."""
 
     @property
-    def declared(self) -> Sequence[Entry]:
-        """The declared facts that become attached to mounts of the sandbox."""
+    def volumes(self) -> Sequence[Path]:
+        """The directories that become read-only mounts of their own, for dm-verity facts are declared of them."""
 
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Do what can be done while the sandbox is being made."""
@@ -59,9 +59,9 @@ class OwnEmulator:
         return None
 
     @property
-    def declared(self) -> Sequence[Entry]:
-        """Every declared fact."""
-        return self.facts.entries
+    def volumes(self) -> Sequence[Path]:
+        """Those that the facts declare."""
+        return [Path(os.fsdecode(entry.path)) for entry in self.facts.entries if is_volume(entry)]
 
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Start the server, whose imports are slow, and make the model meanwhile."""
@@ -71,13 +71,10 @@ class OwnEmulator:
         self._fuse = sandbox.fuse()
 
     def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:
-        """Serve the securityfs; facts hold for the mounts of the sandbox."""
+        """Serve the securityfs; a volume's facts hold on the mount that the sandbox made of it."""
         assert self._ipe is not None  # noqa: S101 - `begin` came before
         assert self._server is not None  # noqa: S101 - likewise
-        facts = self.facts.attach({
-            entry.path: MountAttachment(mount, own_mount=is_verity(entry))
-            for entry, mount in zip(self.declared, surroundings.mounts, strict=True)
-        })  # fmt: skip
+        facts = self.facts.in_sandbox()
         self._server.serve(self._fuse, self._ipe, facts, surroundings)
         return self._ipe, facts
 
@@ -119,8 +116,8 @@ class MountedEmulator:
         return Path(self._ipe.connection.mountpoint)
 
     @property
-    def declared(self) -> Sequence[Entry]:
-        """Nothing: its facts are its own, by path and device."""
+    def volumes(self) -> Sequence[Path]:
+        """None: its facts are its own, and made nothing a mount."""
         return ()
 
     def begin(self, sandbox: Sandbox, report: Report) -> None:
@@ -142,13 +139,3 @@ class MountedEmulator:
     def refusals(self) -> Sequence[UpstreamRefusal]:
         """None: its own ``status`` says it."""
         return ()
-
-
-def is_verity(entry: Entry) -> bool:
-    """Whether a declared directory becomes a read-only mount of its own."""
-    return entry.facts.dmverity_roothash is not None
-
-
-def path_of(entry: Entry) -> Path:
-    """Return a declared path; bytes that are not UTF-8 are kept."""
-    return Path(os.fsdecode(entry.path))

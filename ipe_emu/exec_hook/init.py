@@ -44,7 +44,7 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
             with contextlib.suppress(OSError):
                 # By its path: what was mounted over the directory is to be found there.
                 os.chdir(blueprint.command.directory)
-        channel.ask("ready", _surroundings(blueprint))
+        channel.ask("ready", _surroundings())
         # PID 1 is under the filter as well: whoever took it over would gain nothing. It needs no no_new_privs,
         # being root of its user namespace, so that set-user-id programs work in the tree.
         listener = seccomp.install(blueprint.rules)
@@ -70,14 +70,8 @@ def enter_user_namespace(blueprint: Blueprint) -> None:
     process.die_with_parent()
 
 
-def _surroundings(blueprint: Blueprint) -> Mapping[str, object]:
-    located = []
-    for path in blueprint.located:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-        located.append(procfs.mount_id("self", fd))
-        os.close(fd)
+def _surroundings() -> Mapping[str, object]:
     return {
-        "mounts": located,
         "user_namespace": procfs.namespace("self", "user"),
         "securityfs": mounts.mount_at(SECURITYFS).device,
     }

@@ -2,15 +2,12 @@
 
 import os
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from attrs import frozen
 
 from ipe_emu.errors import NotJudgedError
-from ipe_emu.linux import procfs, syscalls
-from ipe_emu.linux.tracee import Tracee
+from ipe_emu.linux import mountinfo, procfs, syscalls
 
 # struct statx: stx_mask comes first, stx_mnt_id at 144.
 _STATX_SIZE: Final = 256
@@ -69,40 +66,8 @@ def _look_up(pid: int, fd: int) -> Mount:
     mask, mount_id = _mount_id(fd, _STATX_MNT_ID)
     if not mask & _STATX_MNT_ID:
         mount_id = procfs.mount_id("self", fd)  # before Linux 5.8
-    # A process that changed its root directory no longer sees the mount that its root lies on; its ancestors do. A
-    # mount that none of them sees may share its superblock with one that they see.
-    lines = [line for process in _with_ancestors(pid) for line in procfs.read(process, "mountinfo").splitlines()]
-    found = _matching(lines, 0, b"%d" % mount_id) or _matching(lines, 2, _device_number(fd))
-    return Mount(mount_id, _superblock(found) if found else _kernel_mount(fd))
-
-
-def _with_ancestors(pid: int) -> Iterator[int]:
-    while pid:
-        yield pid
-        pid = Tracee(pid).status.parent
-
-
-def _matching(lines: list[bytes], field: int, value: bytes) -> bytes | None:
-    return next((line for line in lines if line.split(b" ", 3)[field] == value), None)
-
-
-def _device_number(fd: int) -> bytes:
-    dev = os.fstat(fd).st_dev
-    return b"%d:%d" % (os.major(dev), os.minor(dev))
-
-
-def _superblock(line: bytes) -> str:
-    """Return a superblock's ``s_id`` from a line of mountinfo: its block device's name, or its file system's type."""
-    device = os.fsdecode(line.split(b" ", 3)[2])
-    file_system, source, *_ = line.partition(b" - ")[2].split(b" ")
-    if device.startswith("0:"):
-        # btrfs has anonymous device numbers and names its superblock after a device all the same.
-        name = source.rpartition(b"/")[2] if file_system == b"btrfs" else file_system.partition(b".")[0]
-        return os.fsdecode(name)
-    try:
-        return Path(f"/sys/dev/block/{device}").readlink().name.replace("!", "/")
-    except OSError:
-        return os.fsdecode(source.rpartition(b"/")[2])
+    superblock = mountinfo.superblock_name(pid, mount_id, os.fstat(fd).st_dev) or _kernel_mount(fd)
+    return Mount(mount_id, superblock)
 
 
 def _kernel_mount(fd: int) -> str:

@@ -12,7 +12,7 @@ from attrs import frozen
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook import footing, hook, mount_plan
 from ipe_emu.exec_hook.blueprint import Blueprint, Command
-from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator, is_verity, path_of
+from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator
 from ipe_emu.exec_hook.footing import Footing, Kind
 from ipe_emu.exec_hook.mount_plan import Wanted
 from ipe_emu.exec_hook.report import Report
@@ -90,7 +90,7 @@ def _blueprint(
     options: RunOptions, emulator: Emulator, command: Command, standing: Footing, concealed: Sequence[Path]
 ) -> Blueprint:
     wanted = Wanted(
-        verity=[path_of(entry) for entry in emulator.declared if is_verity(entry)],
+        verity=emulator.volumes,
         read_only=[options.audit_log.resolve()] if options.audit_log is not None else [],
         concealed=concealed,
         securityfs=emulator.securityfs,
@@ -103,7 +103,6 @@ def _blueprint(
         user_namespace=standing.user_namespace,
         root=standing.root,
         shielded=standing.kind is Kind.SHIELDED,
-        located=[path_of(entry) for entry in emulator.declared],
         rules=hook.rules(securityfs=True),
         command=command,
     )

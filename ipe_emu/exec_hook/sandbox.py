@@ -42,11 +42,10 @@ class SignalledError(IpeEmuError):
 class Surroundings:
     """What the sandbox looks like from inside.
 
-    ``mounts`` are the mount ids of the blueprint's located paths, in order; ``user_namespace`` is the inode number that
-    identifies it, ``root`` the uid and gid of its root outside; ``securityfs_device`` the emulated securityfs's st_dev.
+    ``user_namespace`` is the inode number that identifies it, ``root`` the uid and gid of its root outside;
+    ``securityfs_device`` the emulated securityfs's st_dev.
     """
 
-    mounts: tuple[int, ...]
     user_namespace: int
     root: int
     securityfs_device: int
@@ -109,9 +108,7 @@ class Sandbox:
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""
         values = self._expect("ready").values
-        return Surroundings(
-            tuple(values["mounts"]), values["user_namespace"], self._blueprint.root, values["securityfs"]
-        )
+        return Surroundings(values["user_namespace"], self._blueprint.root, values["securityfs"])
 
     def listener(self) -> int:
         """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""

@@ -1,8 +1,8 @@
 """Declared facts: what ``--integrity FILE.toml`` and ``--boot-verified PATH`` say of files.
 
-A fact attaches to what its path names when it is loaded, never to the string: to a directory tree on a device, or to
-one inode. In a sandbox it attaches to a mount as well (``Declared.attach``), so that something mounted or renamed over
-the path does not inherit it.
+A fact attaches to what its path names when it is loaded, never to the string: to a directory tree of a file system,
+or to one inode. So it holds through every bind mount and in every mount namespace, as IPE's properties do, and
+something that is mounted over the path does not inherit it.
 """
 
 import os
@@ -27,14 +27,32 @@ _DIGEST = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}:(?:[0-9a-fA-F]{2}){1,64}", re.AS
 OpenFile = Callable[[], int]
 
 
+class Place(Protocol):
+    """Where a file lies, whatever its file system is mounted on (``linux.mountinfo.Location``)."""
+
+    @property
+    def device(self) -> str:
+        """The device number of its file system."""
+
+    @property
+    def path(self) -> bytes:
+        """Its path on that file system."""
+
+    @property
+    def mount_root(self) -> bytes:
+        """The directory of that file system beyond which the mount it was reached by shows nothing."""
+
+
+#: Tells where an existing file lies, by its absolute path free of symbolic links; OSError where it cannot.
+Locate = Callable[[bytes], Place]
+
+
 class FactsSource(Protocol):
     """Whatever knows facts of files."""
 
-    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:
-        """Return what holds for one file.
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
+        """Return what holds for one file; nothing does for a file of which nobody knows where it lies.
 
-        ``path`` is absolute and free of symbolic links, in the mount namespace that ``mount_id`` (statx(2)
-        STATX_MNT_ID, or None where no sandbox is) belongs to, whatever the root directory of the asking process.
         ``open_file`` is called only if the content must be read again.
         """
 
@@ -42,29 +60,20 @@ class FactsSource(Protocol):
 class NothingDeclared:
     """No facts at all: every property is false for every file."""
 
-    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
         """Return no facts."""
         return NO_FACTS
 
 
 @frozen
-class MountAttachment:
-    """Where an entry's path lies in a sandbox: the mount's id, and whether that mount shows nothing but the entry."""
-
-    mount_id: int
-    own_mount: bool = False
-
-
-@frozen
 class Entry:
-    """One ``[[file]]``: a file, or a directory with everything below it."""
+    """One ``[[file]]``: a file, or a directory with everything below it. ``path`` is where it was found."""
 
     path: bytes
     facts: Facts
     is_directory: bool
-    dev: int
+    place: Place
     ino: int
-    attachment: MountAttachment | None = None
 
 
 @define
@@ -81,36 +90,38 @@ def _signature(st: os.stat_result) -> tuple[int, int, int]:
 
 @frozen(eq=False)
 class Declared:
-    """All declared facts. The entry with the longest path decides alone; whatever it does not say is false."""
+    """All declared facts. The entry with the longest path decides alone; whatever it does not say is false.
+
+    ``volumes_are_mounts`` says that each directory with a dm-verity fact is a mount of its own, as in a sandbox: the
+    fact then holds only where the mount shows nothing but the volume.
+    """
 
     entries: tuple[Entry, ...]
+    volumes_are_mounts: bool = False
     _contents: dict[tuple[int, int], _Content] = field(factory=dict, repr=False)
 
-    def attach(self, attachments: Mapping[bytes, MountAttachment]) -> "Declared":
-        """Return these facts tied to the mounts of a sandbox, by entry path; each entry must have its attachment."""
-        return evolve(self, entries=tuple(evolve(e, attachment=attachments[e.path]) for e in self.entries))
+    def in_sandbox(self) -> "Declared":
+        """Return the same facts for a sandbox."""
+        return evolve(self, volumes_are_mounts=True)
 
-    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
         """Return what was declared for one file; see ``FactsSource``."""
-        entry = self._entry_of(path, st, mount_id)
+        entry = None if place is None else self._entry_of(place, st)
         if entry is None:
             return NO_FACTS
         if entry.facts.fsverity_digest is not None and not self._still_intact(entry, st, open_file):
             return evolve(entry.facts, fsverity_digest=None, fsverity_signature=False)
         return entry.facts
 
-    def _entry_of(self, path: bytes, st: os.stat_result, mount_id: int | None) -> Entry | None:
+    def _entry_of(self, place: Place, st: os.stat_result) -> Entry | None:
         for entry in self.entries:  # longest path first
-            attached = entry.attachment
-            if attached is not None and attached.own_mount and mount_id == attached.mount_id:
-                return entry
-            below = path.startswith(entry.path.rstrip(b"/") + b"/") if entry.is_directory else False
-            if path != entry.path and not below:
+            if entry.place.device != place.device or not _is_at_or_below(entry, place.path):
                 continue
-            same_mount = attached is None or mount_id == attached.mount_id
-            same_file = entry.is_directory or st.st_ino == entry.ino
-            # Something else now bears the name: it has no facts, not those of a shorter path either.
-            return entry if same_mount and same_file and st.st_dev == entry.dev else None
+            if not entry.is_directory and st.st_ino != entry.ino:
+                return None  # something else has the name now: it has no facts, not those of a shorter path either
+            if self.volumes_are_mounts and is_volume(entry) and not _is_at_or_below(entry, place.mount_root):
+                return None
+            return entry
         return None
 
     def _still_intact(self, entry: Entry, st: os.stat_result, open_file: OpenFile) -> bool:
@@ -121,6 +132,17 @@ class Declared:
             known.intact = known.intact and _measures_as(entry.facts.fsverity_digest, open_file)
             known.signature = _signature(st)
         return known.intact
+
+
+def is_volume(entry: Entry) -> bool:
+    """Whether an entry is a directory at which a dm-verity volume is declared to be mounted."""
+    return entry.facts.dmverity_roothash is not None
+
+
+def _is_at_or_below(entry: Entry, path: bytes) -> bool:
+    if path == entry.place.path:
+        return True
+    return entry.is_directory and path.startswith(entry.place.path.rstrip(b"/") + b"/")
 
 
 def _measures_as(expected: Digest | None, open_file: OpenFile) -> bool:
@@ -138,7 +160,7 @@ def _measures_as(expected: Digest | None, open_file: OpenFile) -> bool:
         os.close(fd)
 
 
-def load(files: Iterable[Path] = (), boot_verified: Iterable[Path] = ()) -> Declared:
+def load(locate: Locate, files: Iterable[Path] = (), boot_verified: Iterable[Path] = ()) -> Declared:
     """Read the facts that ``--integrity`` files and ``--boot-verified`` paths declare, and check them.
 
     UserError for a file that is no such table, for a path that does not exist or is declared twice, and for an
@@ -148,14 +170,16 @@ def load(files: Iterable[Path] = (), boot_verified: Iterable[Path] = ()) -> Decl
     contents: dict[tuple[int, int], _Content] = {}
     for file in files:
         for number, table in enumerate(_tables(file), 1):
-            entry = _entry(table, f"{file}: [[file]] number {number}")
+            entry = _entry(locate, table, f"{file}: [[file]] number {number}")
             _add(entries, entry, str(file))
             if entry.facts.fsverity_digest is not None:
-                contents[entry.dev, entry.ino] = _Content(_sealed_content(entry, str(file)), intact=True)
+                content, identity = _sealed_content(entry, str(file))
+                contents[identity] = content
     for path in boot_verified:
-        _add(entries, _attach_to_path(os.fsencode(path), Facts(boot_verified=True), "--boot-verified"), "command line")
-    longest_first = sorted(entries.values(), key=lambda entry: len(entry.path), reverse=True)
-    return Declared(tuple(longest_first), contents)
+        entry = _attach_to_path(locate, os.fsencode(path), Facts(boot_verified=True), "--boot-verified")
+        _add(entries, entry, "command line")
+    longest_first = sorted(entries.values(), key=lambda entry: len(entry.place.path), reverse=True)
+    return Declared(tuple(longest_first), contents=contents)
 
 
 def _add(entries: dict[bytes, Entry], entry: Entry, where: str) -> None:
@@ -191,7 +215,7 @@ def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
 
 
-def _entry(table: Mapping[str, Any], where: str) -> Entry:
+def _entry(locate: Locate, table: Mapping[str, Any], where: str) -> Entry:
     _only(table, {"path", "boot_verified", "dmverity", "fsverity"}, where)
     path = table.get("path")
     if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
@@ -203,7 +227,7 @@ def _entry(table: Mapping[str, Any], where: str) -> Entry:
     if "fsverity" in table:
         digest, signed = _measurement(table["fsverity"], "digest", f"{where}: fsverity")
         facts = evolve(facts, fsverity_digest=digest, fsverity_signature=signed)
-    return _attach_to_path(path.encode(), facts, where)
+    return _attach_to_path(locate, path.encode(), facts, where)
 
 
 def _boolean(table: Mapping[str, Any], key: str, where: str) -> bool:
@@ -224,10 +248,11 @@ def _measurement(table: object, key: str, where: str) -> tuple[Digest, bool]:
     return Digest(algorithm, bytes.fromhex(value)), _boolean(table, "signed", where)
 
 
-def _attach_to_path(path: bytes, facts: Facts, where: str) -> Entry:
+def _attach_to_path(locate: Locate, path: bytes, facts: Facts, where: str) -> Entry:
     try:
         real = os.path.realpath(path, strict=True)
         st = os.stat(real)  # noqa: PTH116 - bytes paths: names need not be UTF-8
+        place = locate(real)
     except OSError as error:
         raise UserError(f"{where}: {_shown(path)}: {error.strerror}") from None
     is_directory = stat.S_ISDIR(st.st_mode)
@@ -237,11 +262,11 @@ def _attach_to_path(path: bytes, facts: Facts, where: str) -> Entry:
         raise UserError(f"{where}: {_shown(path)} is a directory; fs-verity seals single files")
     if not is_directory and facts.dmverity_roothash is not None:
         raise UserError(f"{where}: {_shown(path)} is a file; dm-verity belongs to the directory a volume is mounted at")
-    return Entry(real, facts, is_directory, st.st_dev, st.st_ino)
+    return Entry(real, facts, is_directory, place, st.st_ino)
 
 
-def _sealed_content(entry: Entry, where: str) -> tuple[int, int, int]:
-    """Check a declared fs-verity digest against the content, and return the state the file was measured in."""
+def _sealed_content(entry: Entry, where: str) -> tuple[_Content, tuple[int, int]]:
+    """Check a declared fs-verity digest against the content; return the state it was measured in, and whose it is."""
     expected = entry.facts.fsverity_digest
     assert expected is not None  # noqa: S101 - the caller asked
     try:
@@ -260,7 +285,7 @@ def _sealed_content(entry: Entry, where: str) -> tuple[int, int, int]:
             f"{where}: {_shown(entry.path)}: its fs-verity digest is {found}, declared is {expected} "
             f"(blocks of {fsverity.DEFAULT_BLOCK_SIZE} bytes, no salt)"
         )
-    return _signature(before)
+    return _Content(_signature(before), intact=True), (before.st_dev, before.st_ino)
 
 
 def _shown(path: bytes) -> str:

@@ -8,7 +8,6 @@ import errno
 import os
 import struct
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Final
 
 from attrs import frozen
@@ -215,20 +214,23 @@ def all_threads() -> Iterator[int]:
                 continue
 
 
-def superblock_name(pid: int | str, mount: int) -> str:
-    """Return what the kernel calls the superblock of a mount in audit records (``s_id``).
+def parent(pid: int) -> int:
+    """Return the parent of a process; 0 where it is outside this process's pid namespace."""
+    return int(_status_field(pid, b"PPid"))
 
-    That is the block device's name, or the type of a file system that has no device. The mount is looked up in the
-    mount namespace of ``pid``; one that is not there (a detached one) has the name ``?``.
-    """
-    for line in read(pid, "mountinfo").splitlines():
-        fields, _, tail = line.partition(b" - ")
-        if int(fields.split(b" ", 1)[0]) == mount:
-            device = os.fsdecode(fields.split(b" ")[2])
-            if device.startswith("0:"):
-                return os.fsdecode(tail.split(b" ")[0].partition(b".")[0])
-            try:
-                return Path(f"/sys/dev/block/{device}").readlink().name
-            except OSError:
-                return os.fsdecode(tail.split(b" ")[1].rpartition(b"/")[2])
-    return "?"
+
+def is_first_of_child_namespace(pid: int) -> bool:
+    """Whether a process is PID 1 of a pid namespace that is a direct child of this /proc's."""
+    return _status_field(pid, b"NStgid").split()[1:] == [b"1"]
+
+
+def _status_field(pid: int, name: bytes) -> bytes:
+    for line in read(pid, "status").splitlines():
+        if line.startswith(name + b":"):
+            return line[len(name) + 1 :]
+    raise ValueError(f"/proc/{pid}/status has no {name.decode()}")
+
+
+def root_path(pid: int | str) -> bytes:
+    """Return where the root directory of a process lies in its mount namespace."""
+    return os.readlink(f"/proc/{pid}/root".encode())  # noqa: PTH115 - bytes: a path need not be UTF-8

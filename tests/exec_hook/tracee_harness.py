@@ -21,7 +21,7 @@ from ipe_emu.audit import AuditRecord
 from ipe_emu.event import Subject
 from ipe_emu.exec_hook.hook import ExecHook, Judge
 from ipe_emu.exec_hook.plan import Event
-from ipe_emu.integrity.declared import OpenFile
+from ipe_emu.integrity.declared import OpenFile, Place
 from ipe_emu.integrity.facts import NO_FACTS, Facts
 from ipe_emu.keyring import Keyrings
 from ipe_emu.linux.seccomp import Listener, Notification
@@ -37,13 +37,13 @@ HELLO = '#include <stdio.h>\nint main(void) { puts("hello"); return 0; }\n'
 
 @define
 class FactsOfDevices:
-    """Facts by the device a file lies on, or by its path."""
+    """Facts by the device a file lies on, or by its path on its file system."""
 
     devices: dict[int, Facts] = field(factory=dict)
     paths: dict[bytes, Facts] = field(factory=dict)
 
-    def facts_of(self, path: bytes, st: os.stat_result, mount_id: int | None, open_file: OpenFile) -> Facts:
-        return self.paths.get(path, self.devices.get(st.st_dev, NO_FACTS))
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
+        return self.paths.get(place.path if place else b"", self.devices.get(st.st_dev, NO_FACTS))
 
 
 @define

@@ -5,13 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from attrs import frozen
 
 from ipe_emu.errors import UserError
-from ipe_emu.integrity.declared import Declared, MountAttachment, load
+from ipe_emu.integrity.declared import Declared, load
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.integrity.fsverity import measure
 
 ROOTHASH = "ab" * 32
+
+
+@frozen
+class Spot:
+    """A place on one file system that is mounted on the root directory, unless a test says otherwise."""
+
+    path: bytes
+    device: str = "8:1"
+    mount_root: bytes = b"/"
 
 
 @pytest.fixture
@@ -26,7 +36,7 @@ def tree(tmp_path: Path) -> Path:
 def declare(tree: Path, *tables: str) -> Declared:
     file = tree / "facts.toml"
     file.write_text("\n".join("[[file]]\n" + table.replace("TREE", str(tree)) for table in tables))
-    return load([file])
+    return load(Spot, [file])
 
 
 def digest_of(path: Path) -> Digest:
@@ -37,8 +47,8 @@ def digest_of(path: Path) -> Digest:
         os.close(fd)
 
 
-def facts(declared: Declared, path: Path, mount_id: int | None = None) -> Facts:
-    return declared.facts_of(os.fsencode(path), path.stat(), mount_id, opener(path))
+def facts(declared: Declared, path: Path, place: Spot | None = None) -> Facts:
+    return declared.facts_of(place or Spot(os.fsencode(path)), path.stat(), opener(path))
 
 
 def opener(path: Path) -> Callable[[], int]:
@@ -78,18 +88,25 @@ def test_another_file_of_the_same_name_has_no_facts(tree: Path) -> None:
     assert facts(declared, tree / "opt/app") == NO_FACTS
 
 
-def test_in_a_sandbox_the_mount_decides(tree: Path) -> None:
-    declared = declare(tree, 'path = "TREE/initramfs"\nboot_verified = true', 'path = "TREE/opt"\nboot_verified = true')
-    sandboxed = declared.attach(
-        {
-            os.fsencode(tree / "initramfs"): MountAttachment(7, own_mount=True),
-            os.fsencode(tree / "opt"): MountAttachment(8),
-        }
-    )
-    assert facts(sandboxed, tree / "initramfs/bin/sh", 7).boot_verified
-    assert facts(sandboxed, tree / "initramfs/bin/sh", 8) == NO_FACTS, "something was mounted over the path"
-    assert facts(sandboxed, tree / "opt/app", 8).boot_verified
-    assert facts(sandboxed, tree / "opt/app", 9) == NO_FACTS
+def test_a_fact_holds_wherever_the_file_system_is_mounted(tree: Path) -> None:
+    declared = declare(tree, 'path = "TREE/initramfs"\nboot_verified = true')
+    program = tree / "initramfs/bin/sh"
+    inside = os.fsencode(tree / "initramfs/bin")
+    assert facts(declared, program, Spot(inside + b"/sh", mount_root=inside)).boot_verified
+    assert facts(declared, program, Spot(inside + b"/sh", device="8:2")) == NO_FACTS, "another file system"
+    assert facts(declared, program, Spot(b"/evil/sh")) == NO_FACTS, "what was mounted over the path"
+    assert declared.facts_of(None, program.stat(), opener(program)) == NO_FACTS
+
+
+def test_in_a_sandbox_a_volume_is_a_mount(tree: Path) -> None:
+    declared = declare(tree, f'path = "TREE/opt"\ndmverity = {{ roothash = "sha256:{ROOTHASH}" }}')
+    volume = os.fsencode(tree / "opt")
+    app = volume + b"/app"
+    sandboxed = declared.in_sandbox()
+    assert facts(declared, tree / "opt/app", Spot(app)).dmverity_roothash
+    assert facts(sandboxed, tree / "opt/app", Spot(app)) == NO_FACTS, "what lies below the mount"
+    assert facts(sandboxed, tree / "opt/app", Spot(app, mount_root=volume)).dmverity_roothash
+    assert facts(sandboxed, tree / "opt/app", Spot(app, mount_root=app)).dmverity_roothash, "a bind mount of a part"
 
 
 def test_a_digest_holds_until_the_content_changes(tree: Path) -> None:
@@ -136,6 +153,6 @@ def test_files_that_are_no_table_of_facts(tree: Path) -> None:
         file = tree / "facts.toml"
         file.write_bytes(content)
         with pytest.raises(UserError, match=complaint):
-            load([file])
+            load(Spot, [file])
     with pytest.raises(UserError, match="cannot be read"):
-        load([tree / "none.toml"])
+        load(Spot, [tree / "none.toml"])

@@ -19,6 +19,7 @@ from ipe_emu.cli.audit_log import open_audit_log
 from ipe_emu.errors import IpeEmuError
 from ipe_emu.integrity import declared
 from ipe_emu.keyring import Keyrings, load_certificates
+from ipe_emu.linux import mountinfo
 from ipe_emu.lsm import Ipe
 from ipe_emu.profiles import PROFILES
 from ipe_securityfs import daemon
@@ -112,7 +113,7 @@ def _main() -> None:
     ipe = Ipe(Keyrings(builtin=keys), emit=open_audit_log(options.audit_log), profile=PROFILES[options.kernel])
     if options.boot_policy:
         ipe.load_boot_policy(options.boot_policy.read_bytes())
-    facts = declared.load(options.integrity, options.boot_verified)
+    facts = declared.load(mountinfo.locate, options.integrity, options.boot_verified)
     wanted = daemon.MountOptions(
         options.directory, force=options.force, assume_mac_admin=False if options.no_assume else None
     )

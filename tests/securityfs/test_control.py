@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from ipe_emu.errors import UserError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.integrity.facts import Digest, Facts
-from ipe_emu.linux import procfs
+from ipe_emu.linux import mountinfo, procfs
 from ipe_emu.policy.evaluate import Match
 from ipe_emu.policy.rule import Action, Operation
 from ipe_securityfs import client, control, wire
@@ -79,8 +80,10 @@ def test_facts_are_resolved_by_the_emulator(mount: Mount, tmp_path: Path) -> Non
         answer = connection.request("decide", operation="EXECUTE", path=str(known))
         assert (answer["errno"], answer["file"]["facts"]["boot_verified"]) == (0, True)
         judge = RemoteIpe(connection)
-        assert judge.facts_of(os.fsencode(known), known.stat(), 0, lambda: -1).boot_verified
-        assert not judge.facts_of(b"/etc/passwd", Path("/etc/passwd").stat(), 0, lambda: -1).boot_verified
+        place = mountinfo.locate(os.fsencode(known))
+        assert judge.facts_of(place, known.stat(), lambda: -1).boot_verified
+        assert not judge.facts_of(evolve(place, device="0:0"), known.stat(), lambda: -1).boot_verified
+        assert not judge.facts_of(None, known.stat(), lambda: -1).boot_verified
 
 
 def test_a_remote_judge_decides_as_the_emulator(emulator: Emulator, connection: Connection) -> None:

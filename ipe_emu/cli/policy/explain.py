@@ -59,14 +59,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(args: argparse.Namespace) -> Facts:
     shown = escape(os.fsencode(args.path))
+    from ipe_emu.linux import mountinfo
+
     try:
         path = os.fsencode(os.path.realpath(args.path, strict=True))
         found = os.stat(path)  # noqa: PTH116 (bytes: a name need not be UTF-8)
+        place = mountinfo.locate(path)
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{shown}: is no regular file")
-    return declared_of(args).facts_of(path, found, None, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return declared_of(args).facts_of(place, found, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _known(facts: Facts) -> list[str]:

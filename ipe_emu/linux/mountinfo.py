@@ -1,0 +1,166 @@
+"""Mounts as /proc/PID/mountinfo lists them, and where on its file system a file lies (proc_pid_mountinfo(5))."""
+
+import errno
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.linux import procfs
+
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+
+
+@frozen
+class MountEntry:
+    """One mount: ``root`` is the directory of its file system that it shows, ``point`` where it is mounted.
+
+    ``device`` is ``major:minor`` of the superblock; ``point`` is seen from the root directory of the process that was
+    asked. ``source`` is whatever was given to mount(2).
+    """
+
+    id: int
+    device: str
+    root: bytes
+    point: bytes
+    kind: str
+    source: bytes
+
+    @property
+    def superblock_name(self) -> str:
+        """What the kernel calls the superblock in audit records (``s_id``): the block device's name, or the type."""
+        if self.device.startswith("0:"):
+            # btrfs has anonymous device numbers and names its superblock after a device all the same.
+            return self._source_name() if self.kind == "btrfs" else self.kind.partition(".")[0]
+        try:
+            return Path(f"/sys/dev/block/{self.device}").readlink().name.replace("!", "/")
+        except OSError:
+            return self._source_name()
+
+    def _source_name(self) -> str:
+        return os.fsdecode(self.source.rpartition(b"/")[2])
+
+    def within(self, path: bytes) -> bytes | None:
+        """Return where on the file system ``path`` lies, seen from the same root as ``point``; None if not here."""
+        below = _below(self.point, path)
+        if below is None:
+            return None
+        return self.root.rstrip(b"/") + b"/" + below if below else self.root
+
+
+@frozen
+class Location:
+    """Where a file lies, whatever its file system is mounted on: the same through every bind mount of it.
+
+    ``path`` is its path on the file system with the device number ``device``; ``mount_root`` is the directory of that
+    file system beyond which the mount it was reached by shows nothing.
+    """
+
+    device: str
+    path: bytes
+    mount_root: bytes
+
+
+def of(pid: int | str) -> Mapping[int, MountEntry]:
+    """Return the mounts that a process sees, by their ids."""
+    return _parse(procfs.read(pid, "mountinfo"))
+
+
+def location(pid: int, mount_id: int, path: bytes) -> Location | None:
+    """Return where a file lies on its file system; None if neither process ``pid`` nor an ancestor sees its mount.
+
+    ``mount_id`` is the mount it was reached by. ``path`` is how /proc/self/fd of a process outside names it: from the
+    root of the mount namespace, whatever the root directory of ``pid``.
+    """
+    found = _seen_by(pid, mount_id)
+    if found is None:
+        return None
+    mount, root = found
+    seen = _below(root, path)
+    within = None if seen is None else mount.within(b"/" + seen)
+    return None if within is None else Location(mount.device, within, mount.root)
+
+
+def locate(path: bytes) -> Location:
+    """Return where an existing file lies; ``path`` is free of symbolic links. OSError if it cannot be told."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found = location(os.getpid(), procfs.mount_id("self", fd), path)
+    finally:
+        os.close(fd)
+    if found is None:
+        raise OSError(errno.EXDEV, "its mount cannot be seen", path)
+    return found
+
+
+def superblock_name(pid: int, mount_id: int, device: int) -> str | None:
+    """Return what audit records call the superblock of a mount that process ``pid`` uses (``s_id``).
+
+    Where nobody sees the mount, as with a detached one, any mount of the same file system will do (``device`` is its
+    st_dev). None if there is none.
+    """
+    found = _seen_by(pid, mount_id)
+    if found is not None:
+        return found[0].superblock_name
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = (mount for process in _with_ancestors(pid) for mount in of(process).values())
+    return next((mount.superblock_name for mount in mounts if mount.device == number), None)
+
+
+def _seen_by(pid: int, mount_id: int) -> tuple[MountEntry, bytes] | None:
+    """Return a mount, and the root directory that its ``point`` counts from.
+
+    A process sees the mounts below its root directory only. Where it changed that, an ancestor is asked, the last of
+    which is the first process of its pid namespace, or of ours.
+    """
+    for process in _with_ancestors(pid):
+        mount = of(process).get(mount_id)
+        root = None if mount is None else _root_of(process)
+        if mount is not None and root is not None:
+            return mount, root
+    return None
+
+
+def _root_of(pid: int) -> bytes | None:
+    """Return the root directory of a process, or None if this process may not know it."""
+    try:
+        return procfs.root_path(pid)
+    except PermissionError:
+        # The first process of a pid namespace just below ours is the sandbox's own, and stays at its root; it lets
+        # nobody look at it, so that the tree cannot.
+        return b"/" if procfs.is_first_of_child_namespace(pid) else None
+
+
+def _with_ancestors(pid: int) -> Iterator[int]:
+    while pid:
+        yield pid
+        pid = procfs.parent(pid)
+
+
+def _below(directory: bytes, path: bytes) -> bytes | None:
+    if path == directory:
+        return b""
+    prefix = directory.rstrip(b"/") + b"/"
+    return path[len(prefix) :] if path.startswith(prefix) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(mountinfo: bytes) -> Mapping[int, MountEntry]:
+    entries = {}
+    for line in mountinfo.splitlines():
+        fields, _, tail = line.partition(b" - ")
+        number, _, device, root, point = fields.split(b" ")[:5]
+        kind, source = tail.split(b" ")[:2]
+        entries[int(number)] = MountEntry(
+            int(number), device.decode(), _unescaped(root), _unescaped(point), os.fsdecode(kind), _unescaped(source)
+        )
+    return MappingProxyType(entries)
+
+
+def _unescaped(field: bytes) -> bytes:
+    return _ESCAPE.sub(lambda code: bytes([int(code[1], 8)]), field) if b"\\" in field else field
