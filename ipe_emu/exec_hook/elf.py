@@ -17,6 +17,11 @@ _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 HEADER_SIZE: Final = _HEADER.size
 _SECTION_HEADER: Final = struct.Struct("<IIQQQQIIQQ")
 _THIS_MODULE: Final = b".gnu.linkonce.this_module"
+_SHT_NOBITS: Final = 8
+# In struct module: after its state and its place in the list of modules.
+_MODULE_NAME_OFFSET: Final = 24
+#: How long the name of a module is at most, its NUL included (MODULE_NAME_LEN).
+MODULE_NAME_SIZE: Final = 56
 _CLASS_64: Final = 2
 _ET_REL: Final = 1
 _ET_EXEC: Final = 2
@@ -100,29 +105,35 @@ def read_program(fd: int, head: bytes) -> Program:
     return Program(segments, interpreter)
 
 
-def is_module(read: Callable[[int, int], bytes], size: int) -> bool:
-    """Whether ``size`` bytes could be a kernel module of this machine (kernel: ``elf_validity_cache_copy()``).
+def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
+    """Return the name of the kernel module of this machine that ``size`` bytes are; None if they could not be one.
 
     ``read`` gives the bytes at an offset, so many or fewer. A module is a relocatable file with exactly one section
-    ``.gnu.linkonce.this_module``; whether it would link with the emulated kernel is not looked at.
+    ``.gnu.linkonce.this_module`` (kernel: ``elf_validity_cache_copy()``), and its name is the one in that; whether it
+    would link with the emulated kernel is not looked at.
     """
     head = read(0, _HEADER.size)
     if not head.startswith(_MAGIC) or len(head) < _HEADER.size:
-        return False
+        return None
     ident, type_, machine, _, _, _, sections, _, _, _, _, section_size, count, names = _HEADER.unpack(head)
     if ident[4] != _CLASS_64 or machine != _MACHINES.get(syscalls.MACHINE) or type_ != _ET_REL:
-        return False
+        return None
     if section_size != _SECTION_HEADER.size or names >= count or sections + count * section_size > size:
-        return False
+        return None
     headers = list(_SECTION_HEADER.iter_unpack(read(sections, count * section_size)))
     if len(headers) != count:
-        return False
+        return None
     offset, length = headers[names][4:6]
     if offset + length > size:
-        return False
+        return None
     table = read(offset, length)
     found = [header for header in headers if table[header[0] :].partition(b"\0")[0] == _THIS_MODULE]
-    return len(found) == 1
+    if len(found) != 1:
+        return None
+    offset, length = found[0][4:6]
+    if found[0][1] == _SHT_NOBITS or offset + length > size:
+        return None
+    return read(offset, length)[_MODULE_NAME_OFFSET:][:MODULE_NAME_SIZE].partition(b"\0")[0]
 
 
 def _read(fd: int, size: int, offset: int) -> bytes:

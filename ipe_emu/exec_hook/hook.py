@@ -12,7 +12,7 @@ from ipe_emu.exec_hook.copying import plan_copy
 from ipe_emu.exec_hook.execve import plan_execve, plan_execveat
 from ipe_emu.exec_hook.kexec import plan_kexec_file_load, plan_kexec_load
 from ipe_emu.exec_hook.mmap import PROT_EXEC, plan_mmap
-from ipe_emu.exec_hook.modules import plan_finit_module, plan_init_module
+from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount import plan_fsopen, plan_mount
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.mprotect import plan_mprotect
@@ -45,6 +45,7 @@ _ALWAYS: Final = (
     Rule("personality", Action.NOTIFY, AnyBit(0, _READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO, unless=_ASK_PERSONALITY)),
     Rule("finit_module", Action.NOTIFY),
     Rule("init_module", Action.NOTIFY),
+    Rule("delete_module", Action.NOTIFY),
     Rule("kexec_file_load", Action.NOTIFY),
     Rule("kexec_load", Action.NOTIFY),
     Rule("mount", Action.NOTIFY),
@@ -115,6 +116,7 @@ class ExecHook:
         self._observer = observer
         self._machine = machine
         self._mounts = Mounts()
+        modules = Modules()
         handlers: dict[str, _Handler] = {
             "execve": functools.partial(plan_execve, profile=judge.profile),
             "execveat": functools.partial(plan_execveat, profile=judge.profile),
@@ -122,8 +124,9 @@ class ExecHook:
             "mprotect": plan_mprotect,
             "pkey_mprotect": plan_mprotect,
             "remap_file_pages": plan_remap_file_pages,
-            "finit_module": plan_finit_module,
-            "init_module": plan_init_module,
+            "finit_module": modules.plan_finit_module,
+            "init_module": modules.plan_init_module,
+            "delete_module": modules.plan_delete_module,
             "kexec_file_load": plan_kexec_file_load,
             "kexec_load": plan_kexec_load,
             "mount": plan_mount,
@@ -177,6 +180,8 @@ class ExecHook:
         elif isinstance(answer, Return):
             if answer.instead:
                 self._observer.not_done(_subject(notification), notification.name, answer.instead)
+            if answer.then is not None:
+                answer.then()
             listener.reply(notification, answer.value)
         else:
             self._refuse(listener, notification, answer.reason)

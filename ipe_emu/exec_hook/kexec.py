@@ -21,6 +21,8 @@ _FILE_FLAGS: Final = 0xF
 _FLAGS: Final = 0xF
 _ARCH_MASK: Final = 0xFFFF0000
 _MAX_SEGMENTS: Final = 16
+# KEXEC_FILE_SIZE_MAX
+_LARGEST_FILE: Final = 4 << 30
 
 
 def plan_kexec_file_load(caller: Caller, args: tuple[int, ...]) -> Plan:
@@ -35,14 +37,14 @@ def plan_kexec_file_load(caller: Caller, args: tuple[int, ...]) -> Plan:
         raise KernelError(errno.EINVAL, "unknown flags", "kexec_file_load")
     if flags & _FILE_UNLOAD:
         return Plan(Return(0, "no kernel was loaded that could be unloaded"))
-    fd, image = kernel_read_file(caller, kernel, Operation.KEXEC_IMAGE)
-    if not _is_kernel(os.pread(caller.readable(fd), 0x400, 0)):
+    content, image = kernel_read_file(caller, kernel, Operation.KEXEC_IMAGE, _LARGEST_FILE)
+    if not _is_kernel(os.pread(content, 0x400, 0)):
         return Plan(Fail(KernelError(errno.ENOEXEC, "no kernel image", "arch_kexec_kernel_image_probe")), (image,))
     cannot = Refuse("a kernel image that the policy allows: whether its signature suffices is not known here")
     if flags & _FILE_NO_INITRAMFS:
         return Plan(cannot, (image,))
     try:
-        _, initramfs = kernel_read_file(caller, initrd, Operation.KEXEC_INITRAMFS)
+        _, initramfs = kernel_read_file(caller, initrd, Operation.KEXEC_INITRAMFS, _LARGEST_FILE)
     except KernelError as error:
         return Plan(Fail(error), (image,))
     return Plan(cannot, (image, initramfs))

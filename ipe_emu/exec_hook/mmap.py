@@ -1,6 +1,7 @@
 """mmap(2) with PROT_EXEC, and the rarer ways to a new executable mapping."""
 
 import errno
+import mmap
 from typing import Final
 
 from ipe_emu.errors import KernelError
@@ -18,9 +19,11 @@ _MAP_HUGETLB: Final = 0x40000
 def plan_mmap(caller: Caller, args: tuple[int, ...]) -> Plan:
     """Plan mmap(address, length, PROT_EXEC|…, flags, fd, offset): one MMAP event (``security_mmap_file()``).
 
-    It comes before the kernel looks at anything but the descriptor: even a length of 0 is asked about.
+    It comes before the kernel looks at anything but the offset and the descriptor: even a length of 0 is asked about.
     """
     flags = args[3]
+    if args[5] % mmap.PAGESIZE:  # of anonymous memory too, which has none
+        raise KernelError(errno.EINVAL, "the offset is not that of a page", "sys_mmap")
     if flags & _MAP_ANONYMOUS:
         if flags & _MAP_HUGETLB:
             return Plan(Refuse("executable huge pages: the kernel makes a file for them that cannot be known before"))

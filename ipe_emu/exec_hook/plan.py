@@ -3,6 +3,8 @@
 Handlers only look and return such a plan; `hook.ExecHook` has it judged and answers the call.
 """
 
+from collections.abc import Callable
+
 from attrs import frozen
 
 from ipe_emu.errors import KernelError
@@ -39,10 +41,14 @@ class Fail:
 
 @frozen
 class Return:
-    """The call returns ``value`` without being carried out; ``instead`` says what a kernel would have done."""
+    """The call returns ``value`` without being carried out; ``instead`` says what a kernel would have done.
+
+    ``then`` is called when it does: what changes by the call, as far as later ones are to see it.
+    """
 
     value: int
     instead: str = ""
+    then: Callable[[], None] | None = None
 
 
 @frozen

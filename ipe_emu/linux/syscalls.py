@@ -63,6 +63,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "swapon": (167, 224),
     "reboot": (169, 142),
     "init_module": (175, 105),
+    "delete_module": (176, 106),
     "gettid": (186, 178),
     "remap_file_pages": (216, 234),
     "exit_group": (231, 94),

@@ -91,4 +91,4 @@ def test_two_that_match_are_not_judged() -> None:
 @pytest.mark.parametrize("text", [b"", b"\x7fELF", b"\x7fELF" + bytes(59), b"MZ" + bytes(100), bytes(64)])
 def test_no_elf(text: bytes) -> None:
     assert elf.kind_of(text) is elf.Kind.NOT_ELF
-    assert not elf.is_module(lambda offset, size: text[offset : offset + size], len(text))
+    assert not elf.module_name(lambda offset, size: text[offset : offset + size], len(text))

@@ -150,6 +150,18 @@ def test_what_is_no_regular_file_is_named_too(inside: Rehearsal) -> None:
     assert names[3][0] == "/dev/zero"
 
 
+def test_an_offset_within_a_page_is_no_question(inside: Rehearsal) -> None:
+    inside.policy(BOOT_ONLY)
+    source = """
+        fd = os.open("/run/t/bin/sh", os.O_RDONLY)
+        result = [outcome(lambda: call("mmap", 0, 4096, 5, flags, number, 1)) for flags, number in
+                  ((2, fd), (2, 99), (0x22, -1), (0x40022, -1))]
+    """
+    assert inside.run(source) == [{"error": "EINVAL"}] * 4
+    assert inside.records == []
+    assert inside.notes.unjudged == []
+
+
 def test_libraries_of_a_dynamic_program(inside: Rehearsal) -> None:
     """The library is denied by mmap, which the loader reports; the program ends by itself."""
     inside.policy(BOOT_ONLY)

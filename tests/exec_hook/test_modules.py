@@ -1,5 +1,7 @@
 """Modules and kexec: the questions, the capabilities before them, and that nothing is ever loaded."""
 
+import errno
+import fcntl
 import gzip
 import lzma
 from collections.abc import Iterator
@@ -22,7 +24,10 @@ NO_KEXEC = (
 COMPRESSED = 4
 
 # What makes an object a module: a section of this name.
-MODULE = '__attribute__((section(".gnu.linkonce.this_module"))) char this_module[64] = "x";\n'
+MODULE = (
+    'struct { char list[24], name[56]; } this_module __attribute__((section(".gnu.linkonce.this_module")))'
+    ' = { "", "x" };\n'
+)
 # The beginning of a bzImage: the boot flag, and the magic of the setup header.
 KERNEL = bytes(0x1FE) + b"\x55\xaa" + bytes(2) + b"HdrS" + bytes(0x400)
 
@@ -50,6 +55,7 @@ FINIT = """
 def test_a_module_is_allowed_and_not_loaded(inside: Rehearsal, module: bytes) -> None:
     inside.policy(ALLOW_ALL)
     assert inside.run(FINIT, content=module, flags=0) == {"ok": 0}
+    assert inside.run("result = outcome(lambda: call('delete_module', b'x', 0))") == {"ok": 0}
     assert inside.run("result = outcome(lambda: call('init_module', m, len(m), b''))", m=module) == {"ok": 0}
     assert inside.asked() == ["KERNEL_READ /run/subject", "KERNEL_LOAD ?"]
     assert [call for call, _ in inside.notes.undone] == ["finit_module", "init_module"]
@@ -57,7 +63,6 @@ def test_a_module_is_allowed_and_not_loaded(inside: Rehearsal, module: bytes) ->
 
 
 FAULTS: dict[str, tuple[Any, int, str]] = {
-    "empty": (lambda m: b"", 0, "EINVAL"),
     "truncated": (lambda m: m[:-100], 0, "ENOEXEC"),
     "header only": (lambda m: m[:64], 0, "ENOEXEC"),
     "an object": (lambda m: m.replace(b"this_module", b"that_module"), 0, "ENOEXEC"),
@@ -103,6 +108,34 @@ BEFORE_THE_QUESTION = {
     "write only": ("call('finit_module', os.open('/run/t/mod.ko', os.O_WRONLY), b'', 0)", "EBADF"),
     "a directory": ("call('finit_module', os.open('/t', os.O_RDONLY), b'', 0)", "EINVAL"),
     "a device": ("call('finit_module', os.open('/dev/zero', os.O_RDONLY), b'', 0)", "EINVAL"),
+    "empty": ("put('/run/empty', b''); call('finit_module', os.open('/run/empty', 0), b'', 0)", "EINVAL"),
+    "a file of proc": ("call('finit_module', os.open('/proc/self/status', 0), b'', 0)", "EINVAL"),
+    "too long": (
+        "put('/run/m', b'x'); os.truncate('/run/m', 2**31); call('finit_module', os.open('/run/m', 0), b'', 0)",
+        "EFBIG",
+    ),
+    "open for writing": ("call('finit_module', os.open('/run/t/mod.ko', os.O_RDWR), b'', 0)", "ETXTBSY"),
+    "open for writing elsewhere": (
+        "w = os.open('/run/t/mod.ko', os.O_WRONLY); call('finit_module', os.open('/run/t/mod.ko', 0), b'', 0)",
+        "ETXTBSY",
+    ),
+    "empty and open for writing": (
+        "call('finit_module', os.open('/run/e', os.O_RDWR | os.O_CREAT), b'', 0)",
+        "ETXTBSY",
+    ),
+    "a kernel open for writing": (
+        "call('kexec_file_load', os.open('/run/t/kernel', os.O_RDWR), -1, 0, None, 4)",
+        "ETXTBSY",
+    ),
+    "an empty kernel": (
+        "put('/run/empty', b''); call('kexec_file_load', os.open('/run/empty', 0), -1, 0, None, 4)",
+        "EINVAL",
+    ),
+    "delete what was never loaded": ("call('delete_module', b'mod', 0)", "ENOENT"),
+    "delete without a name": ("call('delete_module', b'', 0)", "ENOENT"),
+    "delete a long name": ("call('delete_module', b'm' * 99, 0)", "ENOENT"),
+    "delete an unreadable name": ("call('delete_module', None, 0)", "EFAULT"),
+    "delete without the capability": ("without(16); call('delete_module', b'mod', 0)", "EPERM"),
     "short": ("call('init_module', b'x' * 63, 63, b'')", "ENOEXEC"),
     "unknown kexec flags": ("call('kexec_file_load', os.open('/t/kernel', 0), -1, 0, None, 0x40)", "EINVAL"),
     "no kernel": ("call('kexec_file_load', 99, -1, 0, None, 0)", "EBADF"),
@@ -132,6 +165,58 @@ def test_errors_before_the_question(inside: Rehearsal, case: str) -> None:
     assert inside.run(source, code=code) == {"error": error}
     assert inside.records == []
     assert not inside.notes.unjudged
+
+
+def test_a_module_is_loaded_once(inside: Rehearsal, module: bytes) -> None:
+    inside.policy(ALLOW_ALL)
+    other = module.replace(b"x" + bytes(55), b"y" + bytes(55))
+    assert other != module
+    source = """
+        result = [outcome(function) for function in (
+            lambda: call("init_module", m, len(m), b""),
+            lambda: call("init_module", m, len(m), b""),
+            lambda: call("init_module", other, len(other), b""),
+            lambda: call("delete_module", b"x", 0),
+            lambda: call("delete_module", b"x", 0),
+            lambda: call("init_module", m, len(m), b""),
+        )]
+    """
+    exists, missing, ok = {"error": "EEXIST"}, {"error": "ENOENT"}, {"ok": 0}
+    assert inside.run(source, m=module, other=other) == [ok, exists, ok, ok, missing, ok]
+    assert inside.asked() == ["KERNEL_LOAD ?"] * 4
+    inside.policy(NO_MODULES)
+    assert inside.run(source, m=module, other=other) == [{"error": "EACCES"}] * 3 + [missing] * 2 + [
+        {"error": "EACCES"}
+    ]
+
+
+def test_a_descriptor_of_memory_may_be_open_for_writing(inside: Rehearsal, module: bytes) -> None:
+    inside.policy(ALLOW_ALL)
+    source = """
+        fd = os.memfd_create("m")
+        os.write(fd, m)
+        result = [outcome(lambda: call("finit_module", fd, b"", 0))]
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        result.append(outcome(lambda: call("finit_module", fd, b"", 0)))
+    """
+    assert inside.run(source, m=module) == [{"ok": 0}, {"error": "ETXTBSY"}]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EINVAL])
+def test_a_writer_that_cannot_be_told_is_not_judged(
+    inside: Rehearsal, module: bytes, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.fcntl
+
+    def no_lease(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(error, "no lease")
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", no_lease)
+    inside.policy(ALLOW_ALL)
+    assert inside.run(FINIT, content=module, flags=0) == {"error": "EPERM"}
+    assert "open for writing" in inside.notes.unjudged[0][1]
 
 
 def test_an_unreadable_module_is_asked_about_first(inside: Rehearsal) -> None:

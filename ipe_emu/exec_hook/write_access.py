@@ -1,0 +1,21 @@
+"""Whether somebody has a file open for writing: then the kernel neither executes it nor reads modules from it."""
+
+import errno
+import os
+
+from ipe_emu.errors import KernelError, NotJudgedError
+from ipe_emu.exec_hook.caller import path_of
+from ipe_emu.linux.leases import is_open_for_writing
+
+
+def deny_write_access(fd: int, *, certain: bool) -> None:
+    """Raise KernelError ETXTBSY, as the kernel does, if somebody can write to a file that ``fd`` was opened to read.
+
+    Where that cannot be told, and the file's permissions let the rehearsed machine write to it, NotJudgedError if it is
+    to be ``certain``.
+    """
+    busy = is_open_for_writing(fd)
+    if busy:
+        raise KernelError(errno.ETXTBSY, "somebody has it open for writing", "deny_write_access")
+    if busy is None and certain and os.access(b"/proc/self/fd/%d" % fd, os.W_OK, effective_ids=True):
+        raise NotJudgedError(f"{os.fsdecode(path_of(fd))}: whether somebody has it open for writing cannot be told")
