@@ -10,11 +10,15 @@ import trio
 
 DIRECTORY = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
 FILE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 2)
+A_DAY = 86400  # seconds; longer than any mount that is measured
 NAMES = {(pyfuse3.ROOT_INODE, b"ipe"): DIRECTORY, (DIRECTORY, b"enforce"): FILE}
 
 
 class Nothing(pyfuse3.Operations):
-    """As little as a file that can be read and written takes, mounted as the emulator is: direct_io, timeouts 0."""
+    """As little as a file that can be read and written takes, mounted as the emulator is.
+
+    That is with direct_io, and with names and directories that the kernel may keep, for they do not change.
+    """
 
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
@@ -24,7 +28,8 @@ class Nothing(pyfuse3.Operations):
         entry.st_ino = inode
         entry.st_mode = stat.S_IFREG | 0o644 if inode == FILE else stat.S_IFDIR | 0o755
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
-        entry.attr_timeout = entry.entry_timeout = 0
+        entry.entry_timeout = A_DAY
+        entry.attr_timeout = 0 if inode == FILE else A_DAY
         return entry
 
     async def lookup(
