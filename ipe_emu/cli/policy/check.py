@@ -51,9 +51,9 @@ def _check(path: str, args: argparse.Namespace, profile: Profile) -> dict[str, A
         source = read_source(path, args, profile)
     except PolicyError as error:
         where = {"line": error.position.line, "column": error.position.column}
-        return _bad(path, escape(error.reason)) | {"errno": error.name, **where, "suggestion": error.suggestion or None}
+        return _bad(path, error.reason) | {"errno": error.name, **where, "suggestion": error.suggestion or None}
     except KernelError as error:
-        return _bad(path, escape(error.reason)) | {"errno": error.name}
+        return _bad(path, error.reason) | {"errno": error.name}
     except UserError as error:
         return _bad(path, str(error).removeprefix(f"{name_of(path)}: "))
     return _good(source, profile)
