@@ -21,6 +21,10 @@ _FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
 #: The calls that take their data from another file: which argument is the descriptor that is written to.
 _FROM_FILE: Final = {"sendfile": 0, "splice": 2, "copy_file_range": 2}
 _PLAIN_WRITES: Final = frozenset(syscalls.NUMBERS[name] for name in _FROM_BUFFER if name in syscalls.NUMBERS)
+#: The calls that read at the descriptor's position, and those that name an offset (preadv2: -1 is the position).
+_AT_POSITION: Final = frozenset({"read", "readv"})
+_AT_OFFSET: Final = frozenset({"pread64", "preadv", "preadv2"})
+_NO_OFFSET: Final = 0xFFFFFFFFFFFFFFFF
 #: The flag that do_loop_readv_writev() takes no notice of; every other one it refuses.
 _RWF_HIPRI: Final = 1
 #: The most segments that a vector can have (UIO_MAXIOV).
@@ -94,6 +98,13 @@ class WaitingWrite:
     def has_flags(self) -> bool:
         """Whether it asks for what securityfs cannot do, having no ``write_iter`` (``do_loop_readv_writev()``)."""
         return self.call.name == "pwritev2" and bool(self.call.arguments[5] & 0xFFFFFFFF & ~_RWF_HIPRI)
+
+    @property
+    def moves_position(self) -> bool:
+        """Whether it moves the position of a descriptor of FUSE."""
+        if self.call.name == "pwritev2":
+            return self.call.arguments[3] == _NO_OFFSET
+        return self.call.name in ("write", "writev")
 
     @property
     def count(self) -> int:
@@ -175,6 +186,21 @@ def _vector(tid: int, address: int, count: int) -> tuple[Segment, ...]:
     return tuple(Segment(words[i], words[i + 1]) for i in range(0, len(words), 2))
 
 
+def reads_at_position(tid: int, ino: int) -> bool | None:
+    """Whether a thread waits in a read at the position of a descriptor of this inode, and not at an offset of its own.
+
+    None if it waits in no read of it. Raises Running while it does not wait, OSError where it cannot be looked at.
+    """
+    call = procfs.current_syscall(tid)
+    if call is None:
+        raise Running
+    if call.name not in _AT_POSITION | _AT_OFFSET:
+        return None
+    if procfs.descriptor_inode(tid, call.arguments[0] & 0xFFFFFFFF) != ino:
+        return None
+    return call.name in _AT_POSITION or (call.name == "preadv2" and call.arguments[3] == _NO_OFFSET)
+
+
 @frozen
 class Target:
     """The node that is written to: its inode number, and the st_dev of its mount where that is known."""
@@ -215,9 +241,13 @@ def same_call(write: WaitingWrite) -> bool:
         return False
 
 
-def subject_of(tid: int) -> Subject:
-    """Return the process and the name that audit records give; OSError or ValueError if it cannot be read."""
-    return Subject(procfs.credentials(tid).tgid, procfs.comm(tid))
+def subject_of(tid: int, level: int) -> Subject:
+    """Return the process and the name that audit records give.
+
+    ``level`` says which pid namespace numbers the process: 0 is this process's own, 1 one directly below it.
+    OSError or LookupError if it cannot be read, or if the process is not in such a namespace.
+    """
+    return Subject(procfs.process_ids(tid)[level], procfs.comm(tid))
 
 
 def below_root_of(pid: int, path: bytes) -> bytes:

@@ -39,16 +39,19 @@ from ipe_emu.linux import procfs
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.clients import (
     Credentials,
+    Running,
     Segment,
     Target,
     WaitingWrite,
     executable_of,
     find_write,
+    reads_at_position,
     same_call,
     subject_of,
     waits_in_plain_write,
 )
 from ipe_securityfs.policy_file import PolicyFileReader
+from ipe_securityfs.position import FilePosition
 from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
 
 Arguments = TypeVarTuple("Arguments")
@@ -80,13 +83,17 @@ class MountedAs:
     """What the mount must know of its surroundings.
 
     ``removable_at`` is the path under which this process itself sees the mount, and None where it does not;
-    ``device`` gives the mount's st_dev, from which no policy file is read.
+    ``device`` gives the mount's st_dev, from which no policy file is read. ``pid_level`` says which pid namespace is
+    the rehearsed machine's: 0 for this process's own, 1 for one directly below it. ``size_trick`` shows readers a size
+    (see ``Operations._show_size``); there is no need of it where an exec hook answers sendfile(2) and its kin.
     """
 
     credentials: Credentials
     facts: FactsSource
     removable_at: str | None = None
     device: int | None = None
+    pid_level: int = 0
+    size_trick: bool = True
 
 
 @define(eq=False)
@@ -100,12 +107,17 @@ class _Rest:
 
 @define(eq=False)
 class _Handle:
-    """One open file description: ``writer`` carries the credentials it was opened with."""
+    """One open file description: ``writer`` carries the credentials it was opened with.
+
+    ``shows_size`` is for those whose reader might still use sendfile(2), ``position`` for those that can both read and
+    write.
+    """
 
     node: File
     tid: int
-    readable: bool
     writer: Writer
+    position: FilePosition | None
+    shows_size: bool = False
     rest: _Rest | None = None
 
 
@@ -310,9 +322,11 @@ class Operations(pyfuse3.Operations):
             node.attributes.size = 0
         access = flags & os.O_ACCMODE
         writer = _READER if access == os.O_RDONLY else Writer(self.mounted_as.credentials.opener(ctx.pid), _NOBODY)
-        handle = _Handle(node, ctx.pid, access != os.O_WRONLY, writer)
-        if handle.readable:
+        both = access == os.O_RDWR and node.read is not None and node.write is not None
+        handle = _Handle(node, ctx.pid, writer, FilePosition() if both else None)
+        if access == os.O_RDONLY and self.mounted_as.size_trick:
             self._show_size(node)
+            handle.shows_size = True
             node.readers += 1
         fh = self._next_handle()
         self._handles[fh] = handle
@@ -325,6 +339,9 @@ class Operations(pyfuse3.Operations):
         answers EINVAL, and every tool then reads. With a size they ask, here as anywhere. Only while nobody else
         has it open: then no page of it is locked by a read that waits for this very thread. What is stored is the
         true last byte: whoever opens the node at the same moment may see it before the open drops the page.
+
+        A stat(2) then shows that size too (the kernel: 0), and so the fewest get it: descriptors for reading alone, as
+        such tools open them, until they have read(2) to the end or are closed.
         """
         if node.readers:
             return
@@ -338,13 +355,45 @@ class Operations(pyfuse3.Operations):
             log.debug("%s: size not shown: %s", node.path, error)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        node = self._handles[fh].node
+        handle = self._handles[fh]
+        node = handle.node
         if node.read is None:
+            _end_size(handle)
             raise _refused(errno.EINVAL, f"{node.path} cannot be read", "vfs_read")
+        position = handle.position
+        if position is not None and not await self._reads_at_position(handle):
+            position = None
         try:
-            return node.read()[off : off + size]
+            content = node.read()
         except Exception as error:
+            _end_size(handle)
             raise _as_fuse(error, node) from None
+        start = off if position is None else position.of_read(off)
+        data = content[start : start + size]
+        if position is not None:
+            position.has_read(len(data))
+        if start + size >= len(content):
+            _end_size(handle)
+        return data
+
+    async def _reads_at_position(self, handle: _Handle) -> bool:
+        """Whether this is read(2), and not pread(2); it is if nobody in the opener's process is seen in a pread."""
+        give_up = trio.current_time() + _SECONDS_TO_SEE_OPENER
+        while True:
+            running = False
+            for tid in (handle.tid, *_threads_of(handle.tid)):
+                try:
+                    found = reads_at_position(tid, handle.node.ino)
+                except Running:
+                    running = True
+                except OSError:
+                    continue
+                else:
+                    if found is not None:
+                        return found
+            if not running or trio.current_time() > give_up:
+                return True
+            await trio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
@@ -355,7 +404,7 @@ class Operations(pyfuse3.Operations):
 
     async def release(self, fh: FileHandleT) -> None:
         handle = self._handles.pop(fh)
-        if handle.readable:
+        if handle.shows_size:
             handle.node.readers -= 1
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -369,19 +418,24 @@ class Operations(pyfuse3.Operations):
             raise KernelError(errno.EINVAL, f"{node.path} cannot be written", "vfs_write")
         rest, handle.rest = handle.rest, None
         if rest is not None and rest.offset == offset and same_call(rest.write):
-            return _take_from_rest(handle, rest, len(data))
-        if not node.takes_policy and waits_in_plain_write(handle.tid, node.ino, len(data)):
+            taken = _take_from_rest(handle, rest, len(data))
+            _move(handle, rest.write, offset + taken)
+            return taken
+        if not node.takes_policy and handle.position is None and waits_in_plain_write(handle.tid, node.ino, len(data)):
             await self._judge(handle, data, None)  # nearly every write is this one, and it must be quick
             return len(data)
         unsigned = node.takes_policy and self._ipe.profile.unsigned_policies and data[:1] != b"\x30"
         write = await self._who_writes(handle, data, compare=unsigned)
         if write is None or (write.count == len(data) and len(write.segments) == 1):
             await self._judge(handle, data, write if unsigned else None)
+            _move(handle, write, offset + len(data))
             return len(data)
         done = await self._write_segments(handle, data, write, unsigned=unsigned)
         if done > len(data) and write.goes_on_after(len(data)):
             handle.rest = _Rest(write, offset + len(data), done - len(data))
-        return min(done, len(data))
+        taken = min(done, len(data))
+        _move(handle, write, offset + taken)
+        return taken
 
     async def _who_writes(self, handle: _Handle, data: bytes, *, compare: bool) -> WaitingWrite | None:
         """Return the system call that waits for this write; None where its answer is EPERM whatever it is.
@@ -488,15 +542,15 @@ class Operations(pyfuse3.Operations):
 
     def _writer_of(self, handle: _Handle, write: WaitingWrite) -> Writer:
         try:
-            subject = subject_of(write.tid)
-        except (OSError, ValueError, KeyError) as error:
+            subject = subject_of(write.tid, self.mounted_as.pid_level)
+        except (OSError, ValueError, LookupError) as error:
             raise KernelError(errno.EACCES, f"which process writes cannot be established: {error}", "") from None
         facts = self.mounted_as.facts
         return Writer(
             handle.writer.opener,
             subject,
-            executable=lambda: executable_of(subject.pid, facts),
-            read_policy_file=PolicyFileReader(write.tid, facts, self.mounted_as.device),
+            executable=lambda: executable_of(write.tid, facts),
+            read_policy_file=PolicyFileReader(write.tid, subject.pid, facts, self.mounted_as.device),
         )
 
     # -- removal ---------------------------------------------------------------------------------------------------
@@ -558,6 +612,24 @@ def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
     if rest.remaining > taken:
         handle.rest = _Rest(rest.write, rest.offset + taken, rest.remaining - taken)
     return taken
+
+
+def _move(handle: _Handle, write: WaitingWrite | None, end: int) -> None:
+    if handle.position is not None and write is not None and write.moves_position:
+        handle.position.has_written(end)
+
+
+def _end_size(handle: _Handle) -> None:
+    """Show the size no longer if it was read(2) that came to the end: nothing is left to be spliced then."""
+    if not handle.shows_size:
+        return
+    try:
+        if reads_at_position(handle.tid, handle.node.ino) is None:
+            return
+    except (OSError, Running):
+        return
+    handle.shows_size = False
+    handle.node.readers -= 1
 
 
 def _content(node: File) -> bytes | None:

@@ -28,9 +28,13 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 
 @frozen
 class PolicyFileReader:
-    """Reads files for one writing process. ``own_device`` is this mount's st_dev, through which nothing is read."""
+    """Reads files for one writing process, which calls itself ``own_pid`` in its own /proc.
+
+    ``own_device`` is this mount's st_dev, through which nothing is read.
+    """
 
     pid: int
+    own_pid: int
     facts: FactsSource
     own_device: int | None
 
@@ -58,7 +62,7 @@ class PolicyFileReader:
 
         def opening() -> None:
             try:
-                outcome.put(_open_as(self.pid, path))
+                outcome.put(_open_as(self.pid, _as_seen_by(self.own_pid, path)))
             except Exception as error:
                 outcome.put(error)
 
@@ -91,7 +95,7 @@ def _open_as(pid: int, path: bytes) -> int:
     root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _become(writer)
-        return _open_in_root(root, _as_seen_by(pid, path))
+        return _open_in_root(root, path)
     finally:
         os.close(root)
 

@@ -100,7 +100,7 @@ class File(Node):
     waits: bool = False
     #: Whether this is the name ``activate``, which no released kernel has.
     alias: bool = False
-    #: How many open descriptors may read it.
+    #: How many open descriptors show a size, because they may yet be read by sendfile(2).
     readers: int = field(default=0, init=False)
 
 

@@ -118,6 +118,8 @@ def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: 
         facts,
         removable_at=f"/proc/self/fd/{root}",
         device=surroundings.securityfs_device,
+        pid_level=1,  # the sandbox's own pid namespace
+        size_trick=False,  # the exec hook answers sendfile(2)
     )
     owner = Owner(surroundings.root, surroundings.root)
     return Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner)

@@ -93,6 +93,15 @@ def _field(status: bytes, name: bytes) -> bytes:
     return status[start : status.index(b"\n", start)]
 
 
+def process_ids(pid: int) -> tuple[int, ...]:
+    """Return the number of a task's process in this pid namespace, and then in each one further down it is in."""
+    status = read(pid, "status")
+    try:
+        return tuple(map(int, _field(status, b"NStgid").split()))
+    except ValueError:  # a kernel without pid namespaces
+        return (int(_field(status, b"Tgid")),)
+
+
 def comm(pid: int) -> bytes:
     """Return the name of a task as audit records give it (``comm``, at most 15 bytes)."""
     return read(pid, "comm").removesuffix(b"\n")

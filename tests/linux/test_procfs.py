@@ -105,6 +105,19 @@ def test_memory_that_the_task_itself_cannot_read() -> None:
         del pointer
 
 
+@pytest.mark.needs("user-namespaces")
+def test_the_numbers_of_a_process_in_each_pid_namespace() -> None:
+    assert procfs.process_ids(os.getpid())[0] == os.getpid()
+    below = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "cat"]
+    with subprocess.Popen(below, stdin=subprocess.PIPE) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for(lambda: bool(children.read_text()))
+        child = int(children.read_text())
+        assert procfs.process_ids(child) == (child, 1)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 def test_namespaces_are_told_apart() -> None:
     own = procfs.namespace("self", "user")
     assert own == Path("/proc/self/ns/user").stat().st_ino

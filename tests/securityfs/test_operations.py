@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 import pyfuse3
 import pytest
 import trio
+from attrs import evolve
 
 from ipe_emu.audit import AuditRecord
 from ipe_emu.errors import KernelError
@@ -118,9 +119,8 @@ def test_a_defect_of_the_model_is_eio_and_no_end_of_the_mount(
     node = machine.node("ipe/enforce")
     node.read = node.write = defect
     monkeypatch.setattr(operations, "waits_in_plain_write", lambda *_: True)
-    info = machine.open("ipe/enforce")
-    assert machine.run(lambda: machine.operations.write(info.fh, 0, b"0")) == -errno.EIO
-    node.read = defect
+    assert machine.write("ipe/enforce", b"0") == -errno.EIO
+    info = machine.open("ipe/enforce", os.O_RDONLY)
     assert machine.run(lambda: machine.operations.read(info.fh, 0, 10)) == -errno.EIO
     assert caplog.text.count("this is a defect of ipe-emu") == 2
 
@@ -157,6 +157,24 @@ def test_what_securityfs_lacks(machine: Machine) -> None:
     assert machine.run(lambda: ops.write(info.fh, 0, b"x")) == -errno.EINVAL
     info = machine.open("ipe/new_policy", os.O_RDWR)
     assert machine.run(lambda: ops.read(info.fh, 0, 10)) == -errno.EINVAL
+
+
+def test_no_size_shows_where_an_exec_hook_answers_sendfile(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(pyfuse3, "notify_store", lambda *arguments: shown.append(arguments))
+    node = pyfuse3.InodeT(machine.node("ipe/enforce").ino)
+
+    def size() -> int:
+        return int(machine.run(lambda: machine.operations.getattr(node, machine.context)).st_size)
+
+    machine.open("ipe/enforce", os.O_RDONLY)
+    assert (len(shown), size()) == (1, 1)
+    under_run = Machine(monkeypatch)
+    monkeypatch.setattr(pyfuse3, "notify_store", lambda *arguments: shown.append(arguments))
+    under_run.operations.mounted_as = evolve(under_run.operations.mounted_as, size_trick=False)
+    under_run.open("ipe/enforce", os.O_RDONLY)
+    machine = under_run
+    assert (len(shown), size()) == (1, 0)
 
 
 def test_errors_of_the_model_keep_their_errno(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

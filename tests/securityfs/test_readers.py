@@ -1,10 +1,13 @@
 """Every reader that scripts use gets every node's content, or the kernel's error; none gets a silent nothing."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,13 +118,34 @@ def test_wc_believes_no_size_of_what_cannot_be_read(shown: Emulator) -> None:
     assert b"Invalid argument" in done.stderr
 
 
-def test_a_size_shows_only_while_somebody_reads(shown: Emulator) -> None:
+def test_a_size_shows_only_until_somebody_has_read(shown: Emulator) -> None:
+    """The kernel's is always 0: nobody sees another but beside a reader who has not read to the end yet."""
     node = shown.policies / "Signed" / "policy"
+    content = text("Signed")
     assert node.stat().st_size == 0
-    with node.open("rb") as stream:
-        assert os.fstat(stream.fileno()).st_size == len(text("Signed"))
-        assert stream.read() == text("Signed")
+    with node.open("rb", buffering=0) as stream:
+        assert os.fstat(stream.fileno()).st_size == len(content)
+        assert stream.read(10) == content[:10]
+        assert os.fstat(stream.fileno()).st_size == len(content)  # the rest might come by sendfile
+        deadline = time.monotonic() + 20
+        # a reader that is not seen to wait, for it has not gone to sleep yet, is seen the next time
+        while os.fstat(stream.fileno()).st_size:
+            assert time.monotonic() < deadline
+            assert os.pread(stream.fileno(), 1000, 0) == content
+    with node.open("rb"):
+        assert node.stat().st_size == len(content)
     assert node.stat().st_size == 0
+
+
+@pytest.mark.parametrize("node", ["new_policy", "enforce", "policies/Signed/delete"])
+def test_no_size_shows_to_who_may_write(node: str, shown: Emulator) -> None:
+    fd = os.open(shown.ipe / node, os.O_RDWR)
+    try:
+        assert os.fstat(fd).st_size == 0
+        assert (shown.ipe / node).stat().st_size == 0
+        assert fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) == bytes(4)
+    finally:
+        os.close(fd)
 
 
 def test_reads_at_any_offset_and_of_any_length(shown: Emulator) -> None:

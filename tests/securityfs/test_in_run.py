@@ -1,0 +1,46 @@
+"""The nodes of a rehearsed machine: what they show and record is what the machine itself would."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.exec_hook.running import Runner, runner
+
+pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
+
+
+@pytest.fixture(params=("caller", "plain-user") if os.geteuid() == 0 else ("caller",))
+def emu(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
+    return runner(tmp_path, plain_user=request.param == "plain-user")
+
+
+def test_records_number_processes_as_the_machine_does(emu: Runner) -> None:
+    """Those on behalf of a writer, and those of the exec hook."""
+    log = emu.place / "audit.log"
+    script = (
+        "echo $$; cd /sys/kernel/security/ipe; echo 1 > success_audit; echo 0 > enforce;"
+        " printf 'policy_name=Written policy_version=1.0.0\\nDEFAULT action=ALLOW\\n' > new_policy; exec true"
+    )
+    done = emu.shell(script, *emu.with_policy(), "--audit-log", str(log))
+    assert done.returncode == 0, done.stderr
+    own = done.stdout.strip()
+    records = log.read_text().splitlines()
+    by_writer = {re.search(r" pid=(\d+) ", line)[1] for line in records if "ipe_hook=POLICY_LOAD" in line}  # type: ignore[index]
+    by_hook = {re.search(r" pid=(\d+) ", line)[1] for line in records if 'comm="sh" path="/usr/bin/true"' in line}  # type: ignore[index]
+    assert by_writer == by_hook == {own}, records
+
+
+def test_nobody_sees_a_size(emu: Runner) -> None:
+    """sendfile(2) is refused here, and so no reader needs to be shown one."""
+    done = emu.shell(
+        "exec 3< /sys/kernel/security/ipe/enforce; stat -L -c %s /sys/kernel/security/ipe/enforce; cat <&3"
+    )
+    assert done.stdout == "0\n1", done.stderr
+
+
+def test_a_path_may_name_the_writer_itself(emu: Runner) -> None:
+    """/proc/self is the writer's, whatever this machine's own /proc calls it."""
+    done = emu.shell("printf /proc/self/status | tee /sys/kernel/security/ipe/new_policy", *emu.with_policy())
+    assert "Invalid argument" in done.stderr  # it is there, and looks empty
