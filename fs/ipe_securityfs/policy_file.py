@@ -1,7 +1,9 @@
 """Opening the file whose path was written to a node, as the writer would have opened it (op=POLICY's path form)."""
 
 import errno
+import fcntl
 import os
+import signal
 import stat
 import struct
 import threading
@@ -83,6 +85,7 @@ class PolicyFileReader:
             raise KernelError(errno.EINVAL, "a policy cannot be read from the emulated securityfs itself", _FUNCTION)
         if not stat.S_ISREG(status.st_mode):
             raise KernelError(errno.EINVAL, f"{os.fsdecode(path)!r} is not a regular file", "kernel_read_file")
+        _deny_write_access(fd, path)
         if status.st_size <= 0:
             raise KernelError(errno.EINVAL, f"{os.fsdecode(path)!r} is empty", "kernel_read_file")
         if status.st_size > MAX_FILE_SIZE:
@@ -98,6 +101,29 @@ def _open_as(pid: int, path: bytes) -> int:
         return _open_in_root(root, path)
     finally:
         os.close(root)
+
+
+def _deny_write_access(fd: int, path: bytes) -> None:
+    """Have nobody write the file until ``fd`` is closed, as ``deny_write_access()`` does.
+
+    KernelError ETXTBSY if somebody has it open for writing, EACCES where that cannot be established. A read lease
+    (F_SETLEASE in fcntl(2)) is given to nobody while there is a writer, and makes later ones wait for its end.
+    """
+    try:
+        # Asked to give up the lease, this process goes on reading: the default action of SIGURG is none.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            raise KernelError(
+                errno.ETXTBSY, f"{os.fsdecode(path)!r} is open for writing", "deny_write_access"
+            ) from None
+        raise KernelError(
+            errno.EACCES,
+            f"whether {os.fsdecode(path)!r} is open for writing cannot be established ({error.strerror}): the file must"
+            " be this user's own or this process have CAP_LEASE, and its file system must know leases",
+            "deny_write_access",
+        ) from None
 
 
 def _content(fd: int, size: int) -> bytes:

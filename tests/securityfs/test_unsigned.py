@@ -7,9 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.facts import NO_FACTS
+from ipe_securityfs.policy_file import PolicyFileReader
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, text
 
@@ -138,6 +142,53 @@ def test_files_that_cannot_be_policies(gate: Emulator, known: Path, tmp_path: Pa
     # A path that leads through this very mount must not make the emulator wait for itself.
     through = os.fsencode(gate.directory) + b"/ipe/../../known/missing"
     assert write(node, through) == -errno.ENOENT
+
+
+def test_a_file_that_is_open_for_writing_is_busy(gate: Emulator, known: Path) -> None:
+    """``deny_write_access()`` comes before the size is looked at and before IPE is asked."""
+    node, file, empty = gate.ipe / "new_policy", known / "busy.pol", known / "busy-and-empty"
+    file.write_bytes(text("BusyNoMore"))
+    records = len(gate.records())
+    with file.open("r+b"), empty.open("wb"):
+        assert write(node, os.fsencode(file)) == -errno.ETXTBSY
+        assert write(node, os.fsencode(empty)) == -errno.ETXTBSY
+    assert [record.split(" ")[0] for record in gate.records()[records:]] == ["IPE_POLICY_LOAD"] * 2
+    assert gate.records()[-1].endswith(f"errno=-{errno.ETXTBSY}")
+    with file.open("rb"):
+        assert write(node, os.fsencode(file)) == len(os.fsencode(file))
+
+
+def test_nobody_writes_the_file_while_it_is_read(known: Path) -> None:
+    """Whoever opens it for writing waits, and this process does not die of being told so."""
+    file = known / "read.pol"
+    file.write_bytes(b"content")
+    tried: list[int | None] = []
+
+    class Facts:
+        def facts_of(self, *_: object) -> object:
+            try:
+                os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError as error:
+                tried.append(error.errno)
+            return NO_FACTS
+
+    reader = PolicyFileReader(os.getpid(), os.getpid(), cast("FactsSource", Facts()), None)
+    assert reader(os.fsencode(file))[1] == b"content"
+    assert tried == [errno.EWOULDBLOCK]
+    os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_where_writers_cannot_be_told_the_file_is_refused(known: Path, tmp_path: Path) -> None:
+    """An emulator without CAP_LEASE is given leases on its own user's files alone."""
+    without = ["setpriv", "--bounding-set", "-lease", "--inh-caps", "-lease"]
+    strangers = known / "strangers.pol"
+    strangers.write_bytes(text("Strangers"))
+    own = known / "own.pol"
+    own.write_bytes(text("Own"))
+    os.chown(strangers, 1000, 1000)
+    with mounted(tmp_path / "m", "--boot-verified", known, kernel="op-policy", wrap=without) as emulator:
+        assert write(emulator.ipe / "new_policy", os.fsencode(strangers)) == -errno.EACCES
+        assert write(emulator.ipe / "new_policy", os.fsencode(own)) == len(os.fsencode(own))
 
 
 def test_a_writer_s_own_root_and_rights_count(gate: Emulator, known: Path, tmp_path: Path) -> None:
