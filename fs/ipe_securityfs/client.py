@@ -25,7 +25,7 @@ from ipe_securityfs.control import (
     peer_of,
     runtime_directories,
 )
-from ipe_securityfs.unmount import detach_dead, wait_for_helper
+from ipe_securityfs.unmount import detach_dead, wait_until_gone
 from ipe_securityfs.wire import (
     Lines,
     Message,
@@ -193,7 +193,7 @@ def unmount(mountpoint: str | os.PathLike[str]) -> str:
                 raise UserError(f"{real}: the emulator (process {connection.server.pid}) does not end")
         finally:
             os.close(pidfd)
-    wait_for_helper(real)
+    wait_until_gone(real)
     return f"{real}: unmounted"
 
 

@@ -13,6 +13,8 @@ from ipe_emu.linux import mounts, procfs, syscalls
 FILE_SYSTEM: Final = b"fuse.securityfs"
 #: How long libfuse's helper may take to see that the process it watches is gone, and to end.
 _SECONDS_FOR_HELPER: Final = 3.0
+#: How long the mount of an emulator that has ended may stay.
+_SECONDS_TO_GO: Final = 10.0
 _SECONDS_BETWEEN_LOOKS: Final = 0.02
 _MNT_DETACH: Final = 2
 
@@ -30,11 +32,15 @@ def is_dead(directory: str) -> bool:
     found = mount_on(directory)
     if found is None or found.kind != FILE_SYSTEM:
         return False
+    return not _answers(directory)
+
+
+def _answers(directory: str) -> bool:
     try:
         os.statvfs(directory)  # always asks; attributes the kernel has may outlive the emulator
     except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+        return error.errno not in (errno.ENOTCONN, errno.ECONNABORTED)
+    return True
 
 
 def wait_for_helper(directory: str) -> None:
@@ -44,6 +50,25 @@ def wait_for_helper(directory: str) -> None:
     """
     give_up = time.monotonic() + _SECONDS_FOR_HELPER
     while _has_helper(directory) and time.monotonic() < give_up:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def wait_until_gone(directory: str) -> None:
+    """Return when the mount of an emulator that has ended is gone; UserError if it cannot be taken away.
+
+    The emulator unmounts it, or libfuse's helper does: by fusermount3, both, which fails where the table of mounts
+    changes while it looks.
+    """
+    wait_for_helper(directory)
+    give_up = time.monotonic() + _SECONDS_TO_GO
+    while not _answers(directory):
+        try:
+            detach_dead(directory)
+        except UserError:
+            if time.monotonic() > give_up:
+                raise
+        if time.monotonic() > give_up:
+            raise UserError(f"{directory}: the mount is still there, and its emulator is not")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
