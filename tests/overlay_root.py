@@ -24,7 +24,9 @@ def _main() -> None:
     mounts.make_private()
     options = {b"lowerdir": b"/", b"upperdir": bytes(directory / "upper"), b"workdir": bytes(directory / "work")}
     overlay = mounts.new_filesystem(b"overlay", dict(options))
-    others = {path: mounts.clone(path, recursive=True) for path in map(Path, ("/proc", "/sys", "/dev"))}
+    # An overlay shows one file system; on many machines these are others.
+    separate = [path for path in map(Path, ("/proc", "/sys", "/dev", "/run", "/tmp")) if path.is_mount()]
+    others = {path: mounts.clone(path, recursive=True) for path in separate}
     mounts.attach(overlay, directory / "root")
     mounts.pivot_root_into(directory / "root")
     for path, tree in others.items():
