@@ -79,6 +79,10 @@ def fusermount() -> Probe:
     found = shutil.which("fusermount3")
     if found is None:
         return Probe("fusermount3", False, "not installed", "sudo apt-get install fuse3", ("mount",))
+    if not Path("/etc/mtab").exists():
+        # Only fusermount3 reads it; a system that was never booted, such as a minimal chroot, has none.
+        remedy = "sudo ln -s /proc/self/mounts /etc/mtab"
+        return Probe("fusermount3", False, "it cannot unmount without /etc/mtab", remedy, ("mount",))
     return Probe("fusermount3", True, found, needed_for=("mount",))
 
 
