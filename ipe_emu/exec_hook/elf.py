@@ -1,13 +1,16 @@
 """What execve(2) takes from an ELF file (fs/binfmt_elf.c): its interpreter, and which segments become executable."""
 
 import enum
+import errno
+import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from attrs import frozen
 
+from ipe_emu.errors import KernelError
 from ipe_emu.linux import syscalls
 
 _MAGIC: Final = b"\x7fELF"
@@ -22,10 +25,11 @@ _SHT_NOBITS: Final = 8
 _MODULE_NAME_OFFSET: Final = 24
 #: How long the name of a module is at most, its NUL included (MODULE_NAME_LEN).
 MODULE_NAME_SIZE: Final = 56
-_CLASS_64: Final = 2
+_CLASS_32: Final = 1
 _ET_REL: Final = 1
 _ET_EXEC: Final = 2
 _ET_DYN: Final = 3
+_PROGRAM_TYPES: Final = (_ET_EXEC, _ET_DYN)
 _PT_LOAD: Final = 1
 _PT_INTERP: Final = 3
 _PF_X: Final = 1
@@ -49,15 +53,16 @@ class Kind(enum.Enum):
 
 @frozen
 class Program:
-    """The program headers of a native ELF file.
+    """What the kernel's loader does with a native ELF file.
 
-    ``executable_segments`` counts the PT_LOAD segments that are mapped from the file with PROT_EXEC: each is one
-    question to ``security_mmap_file()``. A segment without content in the file is not mapped from it (``elf_load()``).
-    ``interpreter`` is the path in the first PT_INTERP.
+    ``executable_segments`` counts the PT_LOAD segments that it maps from the file with PROT_EXEC: each is one question
+    to ``security_mmap_file()``. A segment without content in the file is not mapped from it (``elf_load()``).
+    ``complete`` is false if it gives up before the end of that. ``interpreter`` is the path in the first PT_INTERP.
     """
 
     executable_segments: int
-    interpreter: bytes | None
+    complete: bool
+    interpreter: bytes | None = None
 
 
 class BadElfError(ValueError):
@@ -69,40 +74,80 @@ def kind_of(head: bytes) -> Kind:
     if not head.startswith(_MAGIC) or len(head) < _HEADER.size:
         return Kind.NOT_ELF
     ident, type_, machine, *_ = _HEADER.unpack_from(head)
-    if type_ not in (_ET_EXEC, _ET_DYN):
+    if type_ not in _PROGRAM_TYPES:
         return Kind.NOT_ELF
     if machine == _COMPAT_MACHINES.get(syscalls.MACHINE):
         return Kind.COMPAT
     if machine != _MACHINES.get(syscalls.MACHINE):
         return Kind.NOT_ELF
-    # The 64-bit loader does not look at the class; where the compat loader might take such a file, it comes second.
-    return Kind.NATIVE if ident[4] == _CLASS_64 else Kind.COMPAT
+    # The 64-bit loader does not look at the class. It gives up only where the program headers are not where they would
+    # be, as in a file for x32, which another loader then takes.
+    return Kind.COMPAT if ident[4] == _CLASS_32 else Kind.NATIVE
 
 
 def read_program(fd: int, head: bytes) -> Program:
-    """Read the program headers of a native file; ``head`` is its beginning, of any length from that of a header.
+    """Read a native program; ``head`` is its beginning, of any length from that of a header.
 
-    Raises BadElfError where the kernel gives up.
+    Raises BadElfError where the kernel takes it for none of its own, and KernelError where it fails otherwise, both
+    before the point of no return.
     """
-    _, _, _, _, _, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
-    size = count * _PROGRAM_HEADER.size
-    if entry_size != _PROGRAM_HEADER.size or not 0 < size <= _MAX_PROGRAM_HEADERS_SIZE:
-        raise BadElfError("impossible program headers")
-    segments = 0
+    headers = _program_headers(fd, head)
     interpreter = None
-    # They follow the header nearly always, and so are in what was read already.
-    table = head[offset : offset + size] if offset + size <= len(head) else _read(fd, size, offset)
-    for kind, flags, at, _, _, file_size, *_ in _PROGRAM_HEADER.iter_unpack(table):
-        if kind == _PT_LOAD and flags & _PF_X and file_size:
-            segments += 1
-        elif kind == _PT_INTERP and interpreter is None:
+    for kind, _, at, _, _, file_size, *_ in headers:
+        if kind == _PT_INTERP:
             if not 2 <= file_size <= _PATH_MAX:
                 raise BadElfError("an impossible length of the interpreter's path")
             text = _read(fd, file_size, at)
             if text[-1]:
                 raise BadElfError("the interpreter's path is not terminated")
             interpreter = text.partition(b"\0")[0]
-    return Program(segments, interpreter)
+            break
+    segments, complete = _load(headers)
+    return Program(segments, complete, interpreter)
+
+
+def read_interpreter(fd: int, head: bytes) -> Program:
+    """Read what a native program names as its ELF interpreter. Raises BadElfError where it can be none.
+
+    What its type is the kernel sees only when it loads it, too late to return an error (``load_elf_interp()``).
+    """
+    if not head.startswith(_MAGIC):
+        raise BadElfError("no ELF file")
+    _, type_, machine, *_ = _HEADER.unpack_from(head)
+    if machine != _MACHINES.get(syscalls.MACHINE):
+        raise BadElfError("of another machine")
+    headers = _program_headers(fd, head)
+    if type_ not in _PROGRAM_TYPES:
+        return Program(0, complete=False)
+    return Program(*_load(headers))
+
+
+def _load(headers: Sequence[tuple[int, ...]]) -> tuple[int, bool]:
+    """Return how many segments are mapped with PROT_EXEC, and whether the loader comes to the end."""
+    segments = 0
+    for kind, flags, at, address, _, file_size, memory_size, _ in headers:
+        if kind == _PT_LOAD:
+            if file_size:
+                if (at - address) % mmap.PAGESIZE:  # vm_mmap() refuses such an offset before it asks
+                    return segments, False
+                segments += bool(flags & _PF_X)
+            if file_size > memory_size:
+                return segments, False
+    return segments, True
+
+
+def _program_headers(fd: int, head: bytes) -> list[tuple[int, ...]]:
+    _, _, _, _, _, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
+    size = count * _PROGRAM_HEADER.size
+    if entry_size != _PROGRAM_HEADER.size or not 0 < size <= _MAX_PROGRAM_HEADERS_SIZE:
+        raise BadElfError("impossible program headers")
+    # They follow the header nearly always, and so are in what was read already.
+    if offset + size <= len(head):
+        return list(_PROGRAM_HEADER.iter_unpack(head[offset : offset + size]))
+    try:
+        return list(_PROGRAM_HEADER.iter_unpack(_read(fd, size, offset)))
+    except KernelError as error:
+        raise BadElfError(error.reason) from None
 
 
 def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
@@ -115,8 +160,8 @@ def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
     head = read(0, _HEADER.size)
     if not head.startswith(_MAGIC) or len(head) < _HEADER.size:
         return None
-    ident, type_, machine, _, _, _, sections, _, _, _, _, section_size, count, names = _HEADER.unpack(head)
-    if ident[4] != _CLASS_64 or machine != _MACHINES.get(syscalls.MACHINE) or type_ != _ET_REL:
+    _, type_, machine, _, _, _, sections, _, _, _, _, section_size, count, names = _HEADER.unpack(head)
+    if machine != _MACHINES.get(syscalls.MACHINE) or type_ != _ET_REL:
         return None
     if section_size != _SECTION_HEADER.size or names >= count or sections + count * section_size > size:
         return None
@@ -138,8 +183,8 @@ def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
 
 def _read(fd: int, size: int, offset: int) -> bytes:
     if offset + size >= 1 << 63:
-        raise BadElfError("an impossible offset")
+        raise KernelError(errno.EINVAL, "an impossible offset", "rw_verify_area")
     data = os.pread(fd, size, offset)
     if len(data) != size:
-        raise BadElfError("the file ends early")
+        raise KernelError(errno.EIO, "the file ends early", "elf_read")
     return data

@@ -1,5 +1,6 @@
 """execve(2) and execveat(2): BPRM_CHECK for a program and its interpreters, MMAP for what is mapped to run."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -10,6 +11,7 @@ from ipe_emu.event import File, Hook
 from ipe_emu.exec_hook import binfmt_misc, elf, script
 from ipe_emu.exec_hook.caller import Caller, entry_name
 from ipe_emu.exec_hook.plan import Continue, Event, Fail, Plan, Refuse, Return
+from ipe_emu.exec_hook.write_access import deny_write_access
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, signed_int
 from ipe_emu.linux.tracee import Tracee
 from ipe_emu.policy.rule import Operation
@@ -43,6 +45,8 @@ def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Pro
         raise KernelError(errno.EINVAL, f"execveat(2) on {profile.name} has no such flags", "do_open_execat")
     program = _open_execat(caller, directory, path, follow=not flags & AT_SYMLINK_NOFOLLOW)
     if flags & AT_EXECVE_CHECK:
+        with contextlib.suppress(NotJudgedError):  # it need not be read for this
+            _open_to_read(caller, program)
         event = Event(Operation.EXECUTE, Hook.BPRM_CREDS_FOR_EXEC, caller.subject, caller.file(program))
         return Plan(Return(0), (event,))
     return _Exec(caller, directory, path).plan(program)
@@ -83,6 +87,13 @@ def _open_execat(caller: Caller, directory: int, path: bytes, *, follow: bool = 
     return fd
 
 
+def _open_to_read(caller: Caller, program: int) -> int:
+    """Return a descriptor for reading of what `_open_execat` opened, unless somebody can write to it."""
+    fd = caller.readable(program)
+    deny_write_access(fd, certain=False)  # where it is uncertain, the kernel finds out when it carries the call out
+    return fd
+
+
 class _Exec:
     """One execution, from the file that was named to the program that runs (kernel: ``struct linux_binprm``)."""
 
@@ -107,8 +118,13 @@ class _Exec:
         name = self._path
         for _ in range(_MAX_DEPTH + 1):
             file = self._caller.file(program)
-            self._events.append(Event(Operation.EXECUTE, Hook.BPRM_CHECK, self._caller.subject, file))
-            binary = self._caller.readable(program)
+            event = Event(Operation.EXECUTE, Hook.BPRM_CHECK, self._caller.subject, file)
+            try:
+                binary = _open_to_read(self._caller, program)
+            except NotJudgedError:
+                self._events.append(event)  # a denial makes an end before it would have to be read
+                raise
+            self._events.append(event)
             head = os.pread(binary, _HEAD_SIZE, 0)
             buffer = head[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
             interpreter = self._interpreter(formats, buffer, name)
@@ -158,7 +174,9 @@ class _Exec:
             raise KernelError(errno.ENOEXEC, str(error), "load_elf_binary") from None
         loaded = [(file, program)]
         if program.interpreter is not None:
-            loaded.append(self._open_elf_interpreter(program.interpreter))
+            interpreter = self._open_elf_interpreter(program.interpreter)
+            if program.complete:  # else the process dies before
+                loaded.append(interpreter)
         # An empty path was made up of a descriptor; the name is then the directory entry's (bprm->comm_from_dentry).
         comm = self._path.rpartition(b"/")[2] if self._path else entry_name(binary)
         subject = self._caller.renamed(comm)
@@ -168,13 +186,11 @@ class _Exec:
 
     def _open_elf_interpreter(self, path: bytes) -> tuple[File, elf.Program]:
         found = _open_execat(self._caller, AT_FDCWD, path)
-        fd = self._caller.readable(found)
+        fd = _open_to_read(self._caller, found)
         head = os.pread(fd, _HEAD_SIZE, 0)
         if len(head) < elf.HEADER_SIZE:
             raise KernelError(errno.EIO, "the ELF interpreter is shorter than a header", "elf_read")
         try:
-            if elf.kind_of(head) is elf.Kind.NATIVE:
-                return self._caller.file(found), elf.read_program(fd, head)
-        except elf.BadElfError:
-            pass
-        raise KernelError(errno.ELIBBAD, "the ELF interpreter is no program of this machine", "load_elf_binary")
+            return self._caller.file(found), elf.read_interpreter(fd, head)
+        except elf.BadElfError as error:
+            raise KernelError(errno.ELIBBAD, f"the ELF interpreter: {error}", "load_elf_binary") from None

@@ -206,6 +206,25 @@ class Tracee:
                 if mapping.end > start:
                     yield mapping
 
+    def flags_of_mapping(self, mapping: Mapping) -> frozenset[bytes] | None:
+        """Return the flags of a mapping, two letters each (proc_pid_smaps(5)); None where the kernel shows none.
+
+        That takes the kernel long: it counts the pages of every mapping up to this one.
+        """
+        head = b"%08x-%08x " % (mapping.start, mapping.end)
+        try:
+            lines = open(self._proc + b"smaps", "rb")  # noqa: PTH123, SIM115 - built from bytes once; closed below
+        except FileNotFoundError:
+            return None
+        with lines:
+            for line in lines:
+                if line.startswith(head):
+                    break
+            for line in lines:
+                if line.startswith(b"VmFlags:"):
+                    return frozenset(line.split()[1:])
+        return None
+
     def open_mapping(self, mapping: Mapping) -> int:
         """Return an O_PATH descriptor of a mapping's file. PermissionError without CAP_SYS_ADMIN over the machine."""
         return os.open(self._proc + b"map_files/%x-%x" % (mapping.start, mapping.end), _PATH_ONLY)

@@ -314,6 +314,55 @@ def test_segments_are_asked_about_one_by_one(inside: Rehearsal) -> None:
     assert inside.asked() == ["BPRM_CHECK /run/all", *["MMAP /run/all"] * segments]
 
 
+def test_an_elf_interpreter_of_another_type_dies_when_the_program_is_mapped(inside: Rehearsal) -> None:
+    inside.policy(ALLOW_ALL)
+    source = r"""
+        static, dynamic = (bytearray(Path(f"/t/bin/{name}").read_bytes()) for name in ("hello_static", "hello"))
+        static[16] = 1
+        put("/run/relocatable", bytes(static))
+        at = dynamic.index(b"/lib64/ld-linux-x86-64.so.2\0")
+        dynamic[at:at + 28] = b"/run/relocatable".ljust(28, b"\0")
+        put("/run/late", bytes(dynamic))
+        result = execute("/run/late")
+    """
+    assert inside.run(source) == {"signal": 11}
+    assert inside.asked() == ["BPRM_CHECK /run/late", "MMAP /run/late"]
+
+
+@pytest.mark.parametrize(("offset", "value", "asked"), [(8, 1, 0), (40, 1, 1)], ids=["unaligned", "longer than memory"])
+def test_what_cannot_be_mapped_ends_the_loading(inside: Rehearsal, offset: int, value: int, asked: int) -> None:
+    """The first executable segment gets an impossible offset or size: neither it nor what follows is asked about."""
+    inside.policy(ALLOW_ALL)
+    source = r"""
+        program = bytearray(Path("/t/bin/hello").read_bytes())
+        headers, count = struct.unpack_from("<Q", program, 32)[0], struct.unpack_from("<H", program, 56)[0]
+        at = next(at for at in range(headers, headers + 56 * count, 56)
+                  if struct.unpack_from("<I", program, at)[0] == 1 and program[at + 4] & 1)
+        struct.pack_into("<Q", program, at + offset, value)
+        put("/run/late", bytes(program))
+        result = execute("/run/late")
+    """
+    assert inside.run(source, offset=offset, value=value) == {"signal": 11}
+    assert inside.asked() == ["BPRM_CHECK /run/late", *["MMAP /run/late"] * asked]
+
+
+def test_what_somebody_writes_to_is_no_question(inside: Rehearsal) -> None:
+    inside.policy(BOOT_ONLY)
+    source = r"""
+        put("/run/busy", Path("/t/bin/hello_static").read_bytes())
+        put("/t/starter", b"#!/run/busy\n")
+        writer = os.open("/run/busy", os.O_WRONLY)
+        result = [
+            execute("/run/busy"),
+            execute("/t/starter"),
+            outcome(lambda: execveat(AT_FDCWD, b"/run/busy", flags=AT_EXECVE_CHECK)),
+        ]
+        os.close(writer)
+    """
+    assert inside.run(source) == [{"error": "ETXTBSY"}] * 3
+    assert inside.asked() == ["BPRM_CHECK /t/starter"]
+
+
 def test_without_a_policy_all_is_allowed_and_nothing_audited(inside: Rehearsal) -> None:
     inside.policy("")
     assert inside.run("result = execute('/run/t/bin/hello')") == {"exit": 0}

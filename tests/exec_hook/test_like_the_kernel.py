@@ -67,7 +67,8 @@ SETUP = r"""
     put("elf_short", hello[:60])
     put("elf_header_only", hello[:64])
     put("elf_version", patched(20, b"\x07\x00\x00\x00"))
-    put("elf_class32", patched(4, b"\x09"))
+    put("elf_class0", patched(4, b"\x00"))
+    put("elf_class3", patched(4, b"\x03"))
     at = dynamic.index(b"/lib64/ld-linux-x86-64.so.2\0")
     def interpreter(path):
         put("interp_target", dynamic)
@@ -78,6 +79,19 @@ SETUP = r"""
     put("interp_script", interpreter(b"/run/w/script"))
     put("interp_zero", interpreter(b"/run/w/zero"))
     put("interp_garbage", interpreter(b"/t/bin/garbage"))
+    put("rel", patched(16, b"\x01\x00"))
+    put("interp_rel", interpreter(b"/run/w/rel"))
+    put("interp_class", interpreter(b"/run/w/elf_class3"))
+    headers = struct.unpack_from("<Q", dynamic, 32)[0]
+    count = struct.unpack_from("<H", dynamic, 56)[0]
+    kinds = [struct.unpack_from("<I", dynamic, headers + 56 * i)[0] for i in range(count)]
+    def header(kind, offset, value):
+        return patched(headers + 56 * kinds.index(kind) + offset, value, dynamic)
+    put("interp_behind", header(3, 8, struct.pack("<Q", 1 << 30)))
+    put("interp_far", header(3, 8, struct.pack("<Q", (1 << 63) - 2)))
+    put("interp_beyond", header(3, 8, struct.pack("<Q", 1 << 63)))
+    put("interp_long", header(3, 32, struct.pack("<Q", 4097)))
+    put("unaligned", header(1, 8, struct.pack("<Q", 1)))
     put("interp_empty", interpreter(b""))
     put("interp_relative", interpreter(b"plain"))
     put("interp_unterminated", patched(at + len(b"/lib64/ld-linux-x86-64.so.2"), b"x", dynamic))
@@ -104,7 +118,9 @@ PATHS = [
     "nested5", "nested6", "nested7", "nested8", "relative", "relative_up", "to_noexec", "to_plain",
     "to_dir", "to_loop", "zero", "one", "two",
     "elf_type", "elf_core", "elf_machine", "elf_phentsize", "elf_phnum0", "elf_phnum_many", "elf_phoff",
-    "elf_phoff_far", "elf_short", "elf_header_only", "elf_version", "interp_missing", "interp_dir",
+    "elf_phoff_far", "elf_short", "elf_header_only", "elf_version", "elf_class0", "elf_class3",
+    "interp_rel", "interp_class", "interp_behind", "interp_far", "interp_beyond", "interp_long", "unaligned",
+    "interp_missing", "interp_dir",
     "interp_plain", "interp_script", "interp_zero", "interp_garbage", "interp_empty", "interp_relative",
     "interp_unterminated", "only_owner", "only_others", "only_group", "closed/hello",
     "/proc/self/nothing", "/proc/nothing/exe", "/proc/self/cwd/hello", "/proc/thread-self/cwd/hello",
@@ -242,6 +258,12 @@ EXECVEAT = {
     "descriptor from outside another root": "fd = os.open('dir', 0); os.chroot('jail'); execveat(fd, b'../../w/hello')",
     "in another mount namespace": "covered(); execveat(AT_FDCWD, b'/run/w/dir/hello')",
     "beneath a mount": "fd = os.open('dir', 0); covered(); execveat(fd, b'hello')",
+    "open for writing": "w = os.open('hello', os.O_WRONLY); execveat(AT_FDCWD, b'hello')",
+    "a script open for writing": "w = os.open('script', os.O_WRONLY); execveat(AT_FDCWD, b'script')",
+    "an interpreter open for writing": "w = os.open('script', os.O_WRONLY); execveat(AT_FDCWD, b'nested1')",
+    "an ELF interpreter open for writing": "w = os.open('plain', os.O_WRONLY); execveat(AT_FDCWD, b'interp_relative')",
+    "a memfd reopened for writing": "fd = memfd_of('hello'); w = os.open('/proc/self/fd/%d' % fd, os.O_RDWR);"
+    " execveat(fd, b'', flags=AT_EMPTY_PATH)",
     "ignored SIGSEGV": "signal.signal(signal.SIGSEGV, signal.SIG_IGN); execveat(AT_FDCWD, b'hello')",
 }
 
@@ -329,6 +351,22 @@ MAPPINGS = {
     "mprotect with an unknown bit": "a = hole(); mprotect(a, 4096, 0x105)",
     "mprotect growing both ways": "a = hole(); mprotect(a, 4096, 0x03000004)",
     "mprotect growing down": "a = hole(); mprotect(a, 4096, 0x01000005)",
+    "mprotect growing up": "a = hole(); mprotect(a, 4096, 0x02000005)",
+    "mprotect growing down in a hole": "a = hole(); mprotect(a + 4096, 4096, 0x01000005)",
+    "mprotect growing down from a hole": "a = hole(); mprotect(a + 4096, 8192, 0x01000005)",
+    "mprotect of a growing mapping": "a = mmap_(8192, 3, 0x122, -1); mprotect(a + 4096, 4096, 0x01000005)",
+    "mprotect of no length with unknown bits": "mprotect(4096, 0, 0x115)",
+    "mprotect of no length, not aligned": "mprotect(4097, 0, 5)",
+    "mprotect over the end with unknown bits": "mprotect(2**63, 2**63, 0x115)",
+    "mprotect of nothing with unknown bits": "mprotect(0, 4096, 0x115)",
+    "mprotect with BTI": "a = hole(); mprotect(a, 4096, 0x15)",
+    "mprotect with MTE": "a = hole(); mprotect(a, 4096, 0x25)",
+    "mprotect with SEM": "a = hole(); mprotect(a, 4096, 0xd)",
+    "mprotect on noexec": "a = mmap_(4096, 1, 2, os.open('noexec/hello', os.O_RDONLY)); mprotect(a, 4096, 5)",
+    "mprotect of a shared mapping that may not be written": (
+        "a = mmap_(4096, 1, 1, os.open('hello', os.O_RDONLY)); mprotect(a, 4096, 7)"
+    ),
+    "mprotect of the kernel's own": "a = own(b'[vvar]'); mprotect(a, 4096, 5)",
     "mprotect of everything": "mprotect(4096, 2**64 - 8192, 5)",
     "mprotect over the end": "mprotect(2**63, 2**63, 5)",
     "mprotect of a file": "mprotect(map_memory('hello', 'r'), 4096, 5)",
@@ -351,6 +389,9 @@ def test_mappings(bare: Inside, hooked: Rehearsal, case: str) -> None:
         address = mmap_(3 * 4096, 3, 0x22, -1)
         call("munmap", address + 4096, 4096)
         return address
+    def own(name):
+        line = next(line for line in Path("/proc/self/maps").read_bytes().splitlines() if line.endswith(name))
+        return int(line.split(b"-")[0], 16)
 """
     source = HELPERS + more + "\n    result = run(lambda: exec(code, globals() | locals()))"
     assert_same(bare, hooked, source, code=MAPPINGS[case])

@@ -98,6 +98,36 @@ def test_a_hole_is_reached_only_after_what_lies_before(inside: Rehearsal) -> Non
     assert inside.asked() == ["MPROTECT /t/lib/libf.so", "MPROTECT /t/bin/sh"]
 
 
+def test_what_a_mapping_can_never_be_is_no_question(inside: Rehearsal) -> None:
+    """Only what lies before it is asked about, and changed."""
+    inside.policy(ALLOW_ALL)
+    source = (
+        LAYOUT
+        + """
+    os.mkdir("/run/noexec")
+    call("mount", b"x", b"/run/noexec", b"tmpfs", 8, None)
+    Path("/run/noexec/file").write_bytes(bytes(4096))
+    place(0, "/t/lib/libf.so", 1)
+    place(1, "/run/noexec/file", 1)
+    place(2, "/t/lib/libf.so", 1)
+    fd = os.open("/t/lib/libf.so", os.O_RDONLY)
+    call("mmap", base + 3 * 4096, 4096, 1, 0x11, fd, 0)
+    result = [
+        outcome(lambda: mprotect(base, 3 * 4096, 5)),
+        outcome(lambda: mprotect(base + 3 * 4096, 4096, 7)),
+        outcome(lambda: mprotect(base, 4096, 0x25)),
+        outcome(lambda: mprotect(base, 4096, 0x01000005)),
+        outcome(lambda: mprotect(base, 4096, 0x02000005)),
+        [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[5:6] in
+         (["/t/lib/libf.so"], ["/run/noexec/file"])],
+    ]
+    """
+    )
+    denied, invalid = {"error": "EACCES"}, {"error": "EINVAL"}
+    assert inside.run(source) == [denied, denied, invalid, invalid, invalid, ["r-xp", "r--p", "r--p", "r--s"]]
+    assert inside.asked() == ["MPROTECT /t/lib/libf.so"]
+
+
 def test_files_without_a_directory_entry(inside: Rehearsal) -> None:
     """Their names are the kernel's own, and nothing is known of them."""
     inside.policy(ALLOW_ALL)
