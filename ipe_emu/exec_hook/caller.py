@@ -4,6 +4,8 @@ import os
 from types import TracebackType
 from typing import Self
 
+from attrs import frozen
+
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import Access
@@ -17,13 +19,29 @@ from ipe_emu.linux.tracee import Mapping, Tracee
 _DELETED = b" (deleted)"
 
 
+@frozen
+class Machine:
+    """Where the rehearsed machine begins.
+
+    ``user_namespace`` is the inode number of the one whose root is root of it. ``pid_depth`` says how many pid
+    namespaces lie between ours and the machine's, which to its kernel is the initial one.
+    """
+
+    user_namespace: int
+    pid_depth: int
+
+    def subject(self, tracee: Tracee) -> Subject:
+        """Return a process as the machine's audit records name it: by its pid there, and the calling thread's name."""
+        return Subject(tracee.status.ns_tgids[self.pid_depth], tracee.comm())
+
+
 class Caller:
     """One thread that waits for an answer. Every descriptor opened for it is closed when the ``with`` block ends.
 
     That must be before the answer: an open descriptor would make the caller's next umount(2) fail with EBUSY.
     """
 
-    def __init__(self, pid: int, mounts: Mounts, facts: FactsSource, machine: int) -> None:
+    def __init__(self, pid: int, mounts: Mounts, facts: FactsSource, machine: Machine) -> None:
         self.tracee = Tracee(pid)
         self._mounts = mounts
         self._facts = facts
@@ -47,9 +65,9 @@ class Caller:
 
     @property
     def subject(self) -> Subject:
-        """The process as audit records name it: its pid in its own pid namespace, and the calling thread's name."""
+        """The process as audit records name it."""
         if self._subject is None:
-            self._subject = Subject(self.tracee.status.ns_tgids[-1], self.tracee.comm())
+            self._subject = self._machine.subject(self.tracee)
         return self._subject
 
     def renamed(self, comm: bytes) -> Subject:
@@ -58,7 +76,7 @@ class Caller:
 
     def capable(self, capability: int) -> bool:
         """Whether the caller has a capability over the rehearsed machine: root of a nested user namespace has none."""
-        return self.tracee.status.capable(capability) and self.tracee.user_namespace() == self._machine
+        return self.tracee.status.capable(capability) and self.tracee.user_namespace() == self._machine.user_namespace
 
     # -- its files ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.exec_hook.caller import Caller
+from ipe_emu.exec_hook.caller import Caller, Machine
 from ipe_emu.exec_hook.copying import plan_copy
 from ipe_emu.exec_hook.execve import plan_execve, plan_execveat
 from ipe_emu.exec_hook.kexec import plan_kexec_file_load, plan_kexec_load
@@ -100,13 +100,20 @@ def rules(*, securityfs: bool) -> tuple[Rule, ...]:
 class ExecHook:
     """Answers the system calls of one rehearsed tree, in one thread.
 
-    ``machine`` is the inode number of the user namespace whose root is root of the rehearsed machine, ``securityfs``
-    the device number of the emulated securityfs, None if there is none. Raises NotJudgedError if this process has a
+    ``machine`` and ``pid_depth`` are those of a `Machine`; a sandbox has one pid namespace, below ours. ``securityfs``
+    is the device number of the emulated securityfs, None if there is none. Raises NotJudgedError if this process has a
     personality that the tree would inherit and that makes memory executable unasked.
     """
 
     def __init__(
-        self, judge: Judge, facts: FactsSource, observer: Observer, *, machine: int, securityfs: int | None = None
+        self,
+        judge: Judge,
+        facts: FactsSource,
+        observer: Observer,
+        *,
+        machine: int,
+        pid_depth: int = 1,
+        securityfs: int | None = None,
     ) -> None:
         inherited = syscalls.call("personality", _ASK_PERSONALITY)
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
@@ -114,7 +121,7 @@ class ExecHook:
         self._judge = judge
         self._facts = facts
         self._observer = observer
-        self._machine = machine
+        self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts()
         modules = Modules()
         handlers: dict[str, _Handler] = {
@@ -179,7 +186,7 @@ class ExecHook:
             listener.fail(notification, answer.error.errno)
         elif isinstance(answer, Return):
             if answer.instead:
-                self._observer.not_done(_subject(notification), notification.name, answer.instead)
+                self._observer.not_done(self._subject(notification), notification.name, answer.instead)
             if answer.then is not None:
                 answer.then()
             listener.reply(notification, answer.value)
@@ -198,13 +205,11 @@ class ExecHook:
             self._refuse(listener, notification, reason)
 
     def _refuse(self, listener: Listener, notification: Notification, reason: str) -> None:
-        self._observer.not_judged(_subject(notification), notification.name, reason)
+        self._observer.not_judged(self._subject(notification), notification.name, reason)
         listener.fail(notification, errno.EPERM)
 
-
-def _subject(notification: Notification) -> Subject | None:
-    try:
-        tracee = Tracee(notification.pid)
-        return Subject(tracee.status.ns_tgids[-1], tracee.comm())
-    except (OSError, KeyError, IndexError):
-        return None
+    def _subject(self, notification: Notification) -> Subject | None:
+        try:
+            return self._machine.subject(Tracee(notification.pid))
+        except (OSError, ValueError, IndexError):
+            return None

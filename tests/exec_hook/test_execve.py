@@ -186,18 +186,28 @@ def test_paths_with_odd_bytes(inside: Rehearsal) -> None:
     assert inside.asked()[2] == "BPRM_CHECK " + b'/run/\xff \n"2'.hex().upper()
 
 
-def test_the_pid_is_that_of_the_inner_namespace(inside: Rehearsal) -> None:
+def test_the_pid_is_that_of_the_machines_namespace(inside: Rehearsal) -> None:
+    """A container's process is audited by its pid in the initial namespace."""
     inside.policy(ALLOW_ALL)
     source = """
+        reader, writer = os.pipe()
         def go():
             call("unshare", 0x20000000)
-            if os.fork() == 0:
+            pid = os.fork()
+            if pid == 0:
+                os.read(reader, 1)
                 os.execve("/t/bin/hello_static", ["x"], {})
+            children = Path("/proc/self/task/%d/children" % os.getpid()).read_text()
+            Path("/run/child").write_text(children.strip())
+            os.write(writer, b"x")
             os.wait()
-        result = run(go)
+        result = run(go), Path("/run/child").read_text()
     """
-    assert inside.run(source) == {"exit": 0}
-    assert all("pid=1 " in text for text in inside.texts())
+    ended, pid = inside.run(source)
+    assert ended == {"exit": 0}
+    assert pid != "1"
+    assert inside.texts()
+    assert all(f"pid={pid} " in text for text in inside.texts())
 
 
 def test_a_thread_audits_with_its_own_name_and_the_process_id(inside: Rehearsal) -> None:

@@ -129,6 +129,22 @@ def test_it_is_root_and_sees_only_its_own_processes(emu: Runner) -> None:
     assert done.stdout.splitlines() == ["0", "2", "1 2"]
 
 
+def test_records_have_the_pids_of_the_machine(emu: Runner) -> None:
+    """As the command sees them, and not as a container in it does, nor as we do."""
+    records = emu.place / "records"
+    program = foreign_program(emu.place)
+    done = emu.shell(
+        f"unshare -Urpf sh -c 'read line; {program} true' <&- >&- & wait; echo $$; exec {program} true",
+        *emu.with_policy(),
+        "--audit-log",
+        str(records),
+    )
+    pids = re.findall(r" pid=(\d+) .*busybox", records.read_text())
+    assert len(pids) == 2
+    assert int(pids[0]) > int(pids[1]) == int(done.stdout)
+    assert int(pids[0]) < 100
+
+
 def test_it_is_in_namespaces_of_its_own(emu: Runner) -> None:
     own = (
         namespaces_of([os.getpid()], "pid") | namespaces_of([os.getpid()], "user") | namespaces_of([os.getpid()], "mnt")

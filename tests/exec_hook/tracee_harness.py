@@ -151,7 +151,7 @@ class Rehearsal(Inside):
 
     def _new_hook(self, ipe: Judge) -> ExecHook:
         machine = Path(f"/proc/{self.pid}/ns/user").stat().st_ino
-        return ExecHook(ipe, self.facts, self.notes, machine=machine, securityfs=self.securityfs)
+        return ExecHook(ipe, self.facts, self.notes, machine=machine, pid_depth=0, securityfs=self.securityfs)
 
     def judge(self, judge: Judge) -> None:
         """Have another judge decide from now on."""
