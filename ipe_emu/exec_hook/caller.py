@@ -12,7 +12,6 @@ from ipe_emu.exec_hook.access import Access
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.resolve import look_up
 from ipe_emu.integrity.declared import FactsSource
-from ipe_emu.linux import mountinfo
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.
@@ -126,9 +125,9 @@ class Caller:
         """Return what IPE knows of the file behind one of our descriptors (``build_ipe_eval_ctx()``)."""
         path = path_of(fd)
         st = os.fstat(fd)
-        mount = self._mounts.of(self.tracee.pid, fd)
+        mount, location = self._mounts.locate(self.tracee.pid, fd, path, st.st_ino)
         facts = self._facts.facts_of(
-            mountinfo.location(self.tracee.pid, mount.id, path),
+            location,
             st,
             lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
         )

@@ -8,6 +8,7 @@ from attrs import frozen
 
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.linux import mountinfo, procfs, syscalls
+from ipe_emu.linux.mountinfo import Location
 
 # struct statx: stx_mask comes first, stx_mnt_id at 144.
 _STATX_SIZE: Final = 256
@@ -33,6 +34,9 @@ _KERNEL_MOUNTS: Final = (
 # Files on hugetlbfs have blocks of a huge page, those of tmpfs never (2 MiB is the smallest of x86_64 and aarch64).
 _HUGE_BLOCK: Final = 2 << 20
 
+# Files whose location is kept; more than are executed again and again.
+_MOST_LOCATIONS: Final = 4096
+
 
 @frozen
 class Mount:
@@ -47,19 +51,41 @@ class Mounts:
 
     def __init__(self) -> None:
         self._known: dict[int, Mount] = {}
+        self._locations: dict[tuple[int, int, bytes], Location | None] = {}
 
     def of(self, pid: int, fd: int) -> Mount:
         """Return the mount that descriptor ``fd`` of ours lies on, in the mount namespace of ``pid``.
 
         NotJudgedError for a mount that is in no namespace and is not one of the kernel's own either.
         """
+        return self._of(pid, fd)[0]
+
+    def locate(self, pid: int, fd: int, path: bytes, ino: int) -> tuple[Mount, Location | None]:
+        """Return the same, and where the file lies on its file system; None if nobody sees its mount.
+
+        ``path`` is how /proc/self/fd names it, ``ino`` its inode number.
+        """
+        mount, unique = self._of(pid, fd)
+        if unique is None:
+            return mount, mountinfo.location(pid, mount.id, path)
+        # The mount may move, and the file be renamed: then it has another path. Where both happen so that the path is
+        # again the same, it is still the same file.
+        key = (unique, ino, path)
+        if key not in self._locations:
+            if len(self._locations) >= _MOST_LOCATIONS:
+                self._locations.clear()
+            self._locations[key] = mountinfo.location(pid, mount.id, path)
+        return mount, self._locations[key]
+
+    def _of(self, pid: int, fd: int) -> tuple[Mount, int | None]:
+        """Return a mount, and its id that is never reused."""
         mask, unique = _mount_id(fd, _STATX_MNT_ID_UNIQUE)
         if not mask & _STATX_MNT_ID_UNIQUE:  # before Linux 6.8
-            return _look_up(pid, fd)
+            return _look_up(pid, fd), None
         mount = self._known.get(unique)
         if mount is None:
             mount = self._known[unique] = _look_up(pid, fd)
-        return mount
+        return mount, unique
 
 
 def _look_up(pid: int, fd: int) -> Mount:

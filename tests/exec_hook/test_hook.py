@@ -102,6 +102,48 @@ class BrokenFacts:
         raise NotJudgedError("who knows")
 
 
+class Noted:
+    """Facts that note which file they were asked for, as the path on its file system."""
+
+    def __init__(self) -> None:
+        self.paths: list[bytes] = []
+
+    def facts_of(self, place: Any, *_: Any) -> Facts:
+        self.paths.append(place.path)
+        return Facts()
+
+
+def test_where_a_file_lies_is_known_after_mounts_and_files_move(inside: Rehearsal) -> None:
+    inside.facts = noted = Noted()
+    inside.policy(ALLOW_ALL)
+    source = """
+        def go():
+            call("unshare", CLONE_NEWNS)
+            for name in ("a", "b", "c"):
+                os.makedirs("/run/moving/" + name)
+            call("mount", b"x", b"/run/moving/a", b"tmpfs", 0, None)
+            os.mkdir("/run/moving/a/in")
+            for name in ("a/p", "a/in/q"):
+                put("/run/moving/" + name, b"neither a script nor a program")
+            def ask(path):
+                assert execute("/run/moving/" + path) == {"error": "ENOEXEC"}
+            ask("a/p")
+            ask("a/in/q")
+            ask("a/in/q")
+            call("mount", b"/run/moving/a", b"/run/moving/b", None, 8192, None)
+            ask("b/p")
+            call("mount", b"/run/moving/b/in", b"/run/moving/c", None, 4096, None)
+            ask("c/q")
+            os.mkdir("/run/moving/a/in")
+            call("mount", b"/run/moving/b", b"/run/moving/a/in", None, 8192, None)
+            os.rename("/run/moving/a/in/p", "/run/moving/a/in/q")
+            ask("a/in/q")
+        result = run(go)
+    """
+    assert inside.run(source) == {"exit": 0}
+    assert noted.paths == [b"/p", b"/in/q", b"/in/q", b"/p", b"/in/q", b"/q"]
+
+
 def test_a_failure_inside_refuses_the_call(inside: Rehearsal) -> None:
     inside.judge(Broken())
     assert inside.run("result = execute('/t/bin/hello'), outcome(lambda: map_memory('-', 'rx'))") == [
