@@ -250,7 +250,10 @@ def test_a_reader_sees_the_old_policy_or_the_new_one(shared: Emulator) -> None:
 
     def read() -> None:
         while not over.is_set():
-            seen.add((shared.policies / "Changing" / "policy").read_bytes())
+            # In one read(2): between two of them the policy may change on a kernel as well.
+            fd = os.open(shared.policies / "Changing" / "policy", os.O_RDONLY)
+            seen.add(os.read(fd, 1 << 20))
+            os.close(fd)
 
     reader = threading.Thread(target=read)
     reader.start()
