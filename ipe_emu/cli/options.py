@@ -126,13 +126,19 @@ def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
     paths = {name: [Path(p) for p in getattr(args, f"{name.replace('-', '_')}_keys")] for name in _KEYS}
     for name in ("dm-verity", "fsverity"):
         load_certificates(paths[name])  # declared facts need no signature; a wrong file is an error all the same
-    return Keyrings(
+    keyrings = Keyrings(
         builtin=load_certificates(paths["builtin"]),
         secondary=load_certificates(paths["secondary"]),
         platform=load_certificates(paths["platform"]) if paths["platform"] else None,
         blacklist=load_blacklist(Path(p) for p in args.blacklist),
         revocation=load_certificates(Path(p) for p in args.revocation_keys),
     )
+    for certificate in keyrings.unvouched():
+        say(
+            f"warning: --secondary-keys: a kernel takes {escape(certificate.readable_name)} into this keyring only as a"
+            " machine owner key: no builtin or secondary key has signed it"
+        )
+    return keyrings
 
 
 def declared_of(args: argparse.Namespace) -> "Declared":

@@ -118,3 +118,13 @@ def test_the_dm_verity_keyring_is_unknown_to_old_kernels(ipe_emu: Run, policy: P
     assert old.status == 2
     assert "--dm-verity-keys: linux-6.12 has no such keyring" in old.out
     assert ipe_emu("policy", "check", "--kernel", "linux-7.3", *keys).status == 0
+
+
+def test_a_secondary_key_that_nobody_vouches_for_is_warned_of(ipe_emu: Run, policy: Path, tmp_path: Path) -> None:
+    ipe_emu("policy", "sign", "--key", KEYS / "ca.key", "--cert", KEYS / "ca.pem", policy)
+    options = ("--builtin-keys", KEYS / "ca.pem", "--secondary-keys")
+    warned = ipe_emu("policy", "check", *options, KEYS / "untrusted.pem", tmp_path / "a.p7b")
+    vouched = ipe_emu("policy", "check", *options, KEYS / "leaf.pem", tmp_path / "a.p7b")
+    assert (warned.status, vouched.status) == (0, 0)
+    assert "IPE oracle untrusted" in warned.err
+    assert "warning: --secondary-keys" not in vouched.err
