@@ -4,6 +4,7 @@ They are apart because answering a notification resolves paths, which may go thr
 """
 
 import functools
+import gc
 import os
 import sys
 import threading
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 #: How long a thread may keep the interpreter to itself (seconds; Python's default is 5 ms). While one thread is at
 #: work, a system call waits this long for the other one's answer.
 _SWITCH_INTERVAL = 0.0002
+#: How many objects may be made before the collector looks for cycles (Python's default is 700). An answer makes
+#: hundreds, hardly any of them in a cycle, and the tree waits while the collector looks.
+_COLLECT_AFTER = 50_000
 #: How long the securityfs may take to end once its last user is gone, in seconds.
 _TIME_TO_END = 10.0
 
@@ -66,6 +70,8 @@ class Notifications(_Thread):
         super().__init__("answering system calls", self._answer, report, on_failure)
 
     def _answer(self) -> None:
+        gc.freeze()  # what was made until now stays until the end, and need not be looked at again
+        gc.set_threshold(_COLLECT_AFTER)
         try:
             while (notification := self._listener.receive()) is not None:
                 self._hook.answer(self._listener, notification)
