@@ -97,11 +97,6 @@ class LoadedPolicy:
     _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
 
     @property
-    def deleted(self) -> bool:
-        """Whether the policy was deleted."""
-        return self._content is None
-
-    @property
     def signed(self) -> bool:
         """Whether what is loaded now came with a signature (the boot policy did not)."""
         return self._current().pkcs7 is not None

@@ -57,14 +57,6 @@ class FactsSource(Protocol):
         """
 
 
-class NothingDeclared:
-    """No facts at all: every property is false for every file."""
-
-    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature
-        """Return no facts."""
-        return NO_FACTS
-
-
 @frozen
 class Entry:
     """One ``[[file]]``: a file, or a directory with everything below it. ``path`` is where it was found."""

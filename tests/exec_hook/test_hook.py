@@ -9,7 +9,7 @@ import pytest
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.exec_hook.hook import ExecHook
-from ipe_emu.integrity.declared import NothingDeclared
+from ipe_emu.integrity.declared import Declared
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.linux import syscalls
 from ipe_emu.lsm import Decision
@@ -165,7 +165,7 @@ def test_an_inherited_personality_is_not_judged() -> None:
     syscalls.call("personality", before | 0x0400000)
     try:
         with pytest.raises(NotJudgedError, match="setarch"):
-            ExecHook(model("", lambda _: None), NothingDeclared(), Notes(), machine=0)
+            ExecHook(model("", lambda _: None), Declared(()), Notes(), machine=0)
     finally:
         syscalls.call("personality", before)
 

@@ -14,7 +14,7 @@ from attrs import evolve
 
 from ipe_emu.audit import AuditRecord
 from ipe_emu.errors import KernelError
-from ipe_emu.integrity.declared import NothingDeclared
+from ipe_emu.integrity.declared import Declared
 from ipe_emu.keyring import Keyrings, load_certificates
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import Ipe
@@ -41,7 +41,7 @@ class Machine:
         self.ipe.load_boot_policy(BOOT_POLICY.read_bytes())
         self.tree = Tree(self.ipe, lsm_list=b"ipe")
         whose = Credentials(**({"user_namespaces": frozenset({procfs.namespace("self", "user")})} | credentials))
-        self.operations = Operations(self.ipe, self.tree, MountedAs(whose, NothingDeclared()))
+        self.operations = Operations(self.ipe, self.tree, MountedAs(whose, Declared(())))
         self.context = cast("pyfuse3.RequestContext", SimpleNamespace(pid=threading.get_native_id(), uid=0, gid=0))
 
     def node(self, path: str) -> File:
