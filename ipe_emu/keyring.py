@@ -66,7 +66,7 @@ def _optional_keyring(value: "Keyring | Iterable[Certificate] | None") -> Keyrin
 
 @frozen
 class Keyrings:
-    """All keyrings a policy signature meets (certs/system_keyring.c, certs/blacklist.c).
+    """All keyrings a signature can meet (certs/system_keyring.c, certs/blacklist.c, dm-verity's, fs-verity's).
 
     Give tuples of certificates as ``load_certificates`` returns them.
     """
@@ -80,6 +80,10 @@ class Keyrings:
     """Digests of the signed part of certificates (``tbs:`` entries)."""
     revocation: Keyring = field(factory=Keyring, converter=_keyring)
     """Certificates in the blacklist keyring (``CONFIG_SYSTEM_REVOCATION_KEYS``)."""
+    dm_verity: Keyring = field(factory=Keyring, converter=_keyring)
+    """Asked for signatures of root hashes alone, after all others; empty where the kernel has none (before 7.0)."""
+    fsverity: Keyring = field(factory=Keyring, converter=_keyring)
+    """The only one that is asked for signatures of fs-verity digests."""
 
     def __attrs_post_init__(self) -> None:
         for where in (self.builtin, self.revocation):
@@ -94,6 +98,10 @@ class Keyrings:
     def trusted(self) -> tuple[Keyring, ...]:
         """Return what stands for the secondary keyring, in the order of search."""
         return (self.secondary, self.builtin)
+
+    def alone(self, keyring: Keyring) -> "Keyrings":
+        """Return a set in which ``keyring`` alone is trusted; what was taken back stays so."""
+        return Keyrings(secondary=keyring, blacklist=self.blacklist, revocation=self.revocation)
 
     def is_blacklisted(self, certificate: Certificate) -> bool:
         """Return whether a certificate is on the blacklist; such a key cannot be in a keyring either."""

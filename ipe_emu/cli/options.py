@@ -124,14 +124,14 @@ def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
             " what --builtin-keys, --secondary-keys and --platform-keys say"
         )
     paths = {name: [Path(p) for p in getattr(args, f"{name.replace('-', '_')}_keys")] for name in _KEYS}
-    for name in ("dm-verity", "fsverity"):
-        load_certificates(paths[name])  # declared facts need no signature; a wrong file is an error all the same
     keyrings = Keyrings(
         builtin=load_certificates(paths["builtin"]),
         secondary=load_certificates(paths["secondary"]),
         platform=load_certificates(paths["platform"]) if paths["platform"] else None,
         blacklist=load_blacklist(Path(p) for p in args.blacklist),
         revocation=load_certificates(Path(p) for p in args.revocation_keys),
+        dm_verity=load_certificates(paths["dm-verity"]),
+        fsverity=load_certificates(paths["fsverity"]),
     )
     for certificate in keyrings.unvouched():
         say(

@@ -9,7 +9,7 @@ import struct
 from ipe_emu.errors import KernelError
 from ipe_emu.integrity.facts import Digest
 from ipe_emu.integrity.fsverity import HASH_ALGORITHMS
-from ipe_emu.keyring import Keyring, Keyrings
+from ipe_emu.keyring import Keyrings
 from ipe_emu.pkcs7 import verify_pkcs7_signature
 
 #: What a descriptor of 16 KiB leaves (``FS_VERITY_MAX_SIGNATURE_SIZE``).
@@ -24,10 +24,8 @@ def formatted_digest(digest: Digest) -> bytes:
 def verify_signature(
     digest: Digest,
     signature: bytes,
-    fsverity_keys: Keyring,
+    keyrings: Keyrings,
     *,
-    blacklist: frozenset[bytes] = frozenset(),
-    revocation: Keyring | None = None,
     unavailable_hashes: frozenset[str] = frozenset(),
 ) -> None:
     """Raise KernelError unless a key of the keyring ``.fs-verity`` has signed the digest.
@@ -38,10 +36,9 @@ def verify_signature(
     if len(signature) > MAX_SIGNATURE_SIZE:
         reason = f"the signature has {len(signature)} bytes, and {MAX_SIGNATURE_SIZE} is the most"
         raise KernelError(errno.EMSGSIZE, reason, "enable_verity")
-    if not fsverity_keys:
+    if not keyrings.fsverity:
         raise KernelError(
             errno.EBADMSG, "the fs-verity keyring is empty, and the file is signed", "fsverity_verify_signature"
         )
-    # Only this keyring counts; the platform's is not asked.
-    keyrings = Keyrings(secondary=fsverity_keys, blacklist=blacklist, revocation=revocation or ())
-    verify_pkcs7_signature(signature, keyrings, content=formatted_digest(digest), unavailable_hashes=unavailable_hashes)
+    own = keyrings.alone(keyrings.fsverity)  # the platform's is not asked
+    verify_pkcs7_signature(signature, own, content=formatted_digest(digest), unavailable_hashes=unavailable_hashes)

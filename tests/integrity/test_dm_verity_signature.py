@@ -30,9 +30,9 @@ def keyring(*names: str) -> Keyring:
     return Keyring(load_certificates([KEYS / f"{name}.pem" for name in names]))
 
 
-def verdict(signature: bytes, keyrings: Keyrings, own: Keyring | None = None, root_hash: bytes = ROOT_HASH) -> str:
+def verdict(signature: bytes, keyrings: Keyrings, root_hash: bytes = ROOT_HASH) -> str:
     try:
-        verify_root_hash(root_hash, signature, keyrings, dm_verity_keys=own)
+        verify_root_hash(root_hash, signature, keyrings)
     except KernelError as error:
         return error.name
     return "good"
@@ -44,12 +44,12 @@ def test_each_keyring_is_asked(tmp_path: Path, name: str) -> None:
     ours, nobody = keyring(name), Keyring()
     assert verdict(signature, Keyrings(secondary=ours)) == "good"
     assert verdict(signature, Keyrings(platform=ours)) == "good"
-    assert verdict(signature, Keyrings(), ours) == "good"
-    assert verdict(signature, Keyrings(platform=nobody), ours) == "good"
+    assert verdict(signature, Keyrings(dm_verity=ours)) == "good"
+    assert verdict(signature, Keyrings(platform=nobody, dm_verity=ours)) == "good"
     assert verdict(signature, Keyrings(builtin=load_certificates([KEYS / "builtin-trusted.pem"]))) == "good"
     assert verdict(signature, Keyrings()) == "ENOKEY"
-    assert verdict(signature, Keyrings(), nobody) == "ENOKEY"
-    assert verdict(signature, Keyrings(secondary=keyring("untrusted")), keyring("untrusted")) == "ENOKEY"
+    assert verdict(signature, Keyrings(dm_verity=nobody)) == "ENOKEY"
+    assert verdict(signature, Keyrings(secondary=keyring("untrusted"), dm_verity=keyring("untrusted"))) == "ENOKEY"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_each_keyring_is_asked(tmp_path: Path, name: str) -> None:
 def test_a_signature_over_something_else(tmp_path: Path, content: bytes) -> None:
     signature = sign(tmp_path, content)
     assert verdict(signature, Keyrings(secondary=keyring("trusted"))) == "EKEYREJECTED"
-    assert verdict(signature, Keyrings(), keyring("trusted")) == "EKEYREJECTED"
+    assert verdict(signature, Keyrings(dm_verity=keyring("trusted"))) == "EKEYREJECTED"
 
 
 def test_a_signature_of_another_image(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_blacklist_counts_for_the_own_keyring_too(tmp_path: Path) -> None:
     signature = sign(tmp_path, TEXT)
     digest = load_certificates([KEYS / "trusted.pem"])[0].signature.digest
     assert digest is not None
-    assert verdict(signature, Keyrings(blacklist=frozenset({digest})), keyring("trusted")) == "ENOKEY"
+    assert verdict(signature, Keyrings(blacklist=frozenset({digest}), dm_verity=keyring("trusted"))) == "ENOKEY"
 
 
 def test_single_bits_of_the_signature(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity.facts import Digest
 from ipe_emu.integrity.fsverity import measure, sealed_digest
 from ipe_emu.integrity.fsverity_signature import MAX_SIGNATURE_SIZE, formatted_digest, verify_signature
-from ipe_emu.keyring import Keyring, load_certificates
+from ipe_emu.keyring import Keyrings, load_certificates
 from ipe_emu.linux.fsverity import measure_verity
 from ipe_emu.pkcs7.sign import sign_detached, sign_policy
 from tests.integrity.tools import opened, random_file, tool
@@ -154,8 +154,8 @@ def test_a_file_that_is_not_sealed(tmp_path: Path) -> None:
 DIGEST = Digest("sha256", bytes(range(32)))
 
 
-def keyring(*names: str) -> Keyring:
-    return Keyring(load_certificates([KEYS / f"{name}.pem" for name in names]))
+def keyring(*names: str) -> Keyrings:
+    return Keyrings(fsverity=load_certificates([KEYS / f"{name}.pem" for name in names]))
 
 
 def sign(content: bytes, name: str = "trusted", algorithm: str = "sha256") -> bytes:
@@ -196,7 +196,7 @@ def test_a_signature_over_something_else(content: bytes, answer: str) -> None:
 def test_who_may_sign() -> None:
     signature = sign(formatted_digest(DIGEST), "ec")
     verify_signature(DIGEST, signature, keyring("trusted", "ec"))
-    for keys, answer in ((keyring("trusted"), "ENOKEY"), (Keyring(), "EBADMSG")):
+    for keys, answer in ((keyring("trusted"), "ENOKEY"), (Keyrings(builtin=keyring("ec").fsverity), "EBADMSG")):
         with pytest.raises(KernelError) as caught:
             verify_signature(DIGEST, signature, keys)
         assert caught.value.name == answer

@@ -3,7 +3,6 @@
 import argparse
 import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from ipe_emu.cli import exit_status
@@ -86,15 +85,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _verify_signature(args: argparse.Namespace, root_hash: bytes, profile: Profile) -> None:
     from ipe_emu.integrity.dm_verity.signature import verify_root_hash
-    from ipe_emu.keyring import Keyring, load_certificates
 
     signature = read_bounded(args.root_hash_signature, _SIGNATURE_LIMIT, "a signature of a root hash")
     keyrings = keyrings_of(args, profile)
-    own = Keyring(load_certificates(Path(p) for p in args.dm_verity_keys)) if profile.dm_verity_keyring else None
     try:
-        verify_root_hash(
-            root_hash, signature, keyrings, dm_verity_keys=own, unavailable_hashes=profile.unavailable_hashes
-        )
+        verify_root_hash(root_hash, signature, keyrings, unavailable_hashes=profile.unavailable_hashes)
     except KernelError as error:
         raise KernelError(error.errno or 0, f"signature of the root hash: {error.reason}", error.function) from None
     except UserError as error:

@@ -3,7 +3,7 @@
 import errno
 
 from ipe_emu.errors import KernelError
-from ipe_emu.keyring import Keyring, Keyrings
+from ipe_emu.keyring import Keyrings
 from ipe_emu.pkcs7 import verify_pkcs7_signature
 
 #: A signature travels as the payload of a key of type "user", which holds no more (``user_preparse``).
@@ -15,13 +15,12 @@ def verify_root_hash(
     signature: bytes,
     keyrings: Keyrings,
     *,
-    dm_verity_keys: Keyring | None = None,
     unavailable_hashes: frozenset[str] = frozenset(),
 ) -> None:
     """Raise KernelError unless a trusted key has signed the root hash (``verity_verify_root_hash``).
 
-    ``dm_verity_keys`` is the keyring ``.dm-verity``, None for kernels that lack it; it is asked after all others. For
-    the errors see ``verify_pkcs7_signature``; of a signature no key can carry, EINVAL.
+    The keyring ``.dm-verity`` is asked after all others. For the errors see ``verify_pkcs7_signature``; of a signature
+    no key can carry, EINVAL.
     """
     if not 0 < len(signature) <= MAX_SIGNATURE_SIZE:
         raise KernelError(
@@ -34,7 +33,7 @@ def verify_root_hash(
         verify_pkcs7_signature(signature, keyrings, content=content, unavailable_hashes=unavailable_hashes)
     except KernelError as error:
         # An empty keyring is not asked, so that kernels without such keys answer as those without such a keyring.
-        if not dm_verity_keys or error.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
+        if not keyrings.dm_verity or error.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
             raise
-        own = Keyrings(secondary=dm_verity_keys, blacklist=keyrings.blacklist, revocation=keyrings.revocation)
+        own = keyrings.alone(keyrings.dm_verity)
         verify_pkcs7_signature(signature, own, content=content, unavailable_hashes=unavailable_hashes)
