@@ -5,16 +5,18 @@ checks images against theirs, block by block or as a whole. ``signature`` checks
 its own, because cryptography is slow to import.
 """
 
+from ipe_emu.integrity.dm_verity.blocks import CorruptedError, VerifiedBlocks
 from ipe_emu.integrity.dm_verity.parameters import Parameters, parse_root_hash
 from ipe_emu.integrity.dm_verity.superblock import Superblock
 from ipe_emu.integrity.dm_verity.tree import compute_root_hash, format_image
-from ipe_emu.integrity.dm_verity.volume import CorruptedError, DmVerity
+from ipe_emu.integrity.dm_verity.volume import DmVerity
 
 __all__ = [
     "CorruptedError",
     "DmVerity",
     "Parameters",
     "Superblock",
+    "VerifiedBlocks",
     "compute_root_hash",
     "format_image",
     "parse_root_hash",
