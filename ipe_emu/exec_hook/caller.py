@@ -1,12 +1,13 @@
 """The thread behind one notification, as its handler sees it: who it is, and the files it names."""
 
+import errno
 import os
 from types import TracebackType
 from typing import Self
 
 from attrs import frozen
 
-from ipe_emu.errors import NotJudgedError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import Access
 from ipe_emu.exec_hook.mounts import Mounts
@@ -76,6 +77,29 @@ class Caller:
     def capable(self, capability: int) -> bool:
         """Whether the caller has a capability over the rehearsed machine: root of a nested user namespace has none."""
         return self.tracee.status.capable(capability) and self.tracee.user_namespace() == self._machine.user_namespace
+
+    # -- its memory ---------------------------------------------------------------------------------------------
+
+    def copy_in(self, address: int, size: int) -> bytes:
+        """Return ``size`` bytes of the caller's memory; KernelError EFAULT (``copy_from_user()``)."""
+        try:
+            data = self.tracee.memory(address, size)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            data = b""
+        if len(data) < size:
+            raise KernelError(errno.EFAULT, "memory that cannot be read", "copy_from_user")
+        return data
+
+    def copy_out(self, address: int, data: bytes) -> None:
+        """Write to the caller's memory, which a plan does when it is carried out; KernelError EFAULT."""
+        try:
+            self.tracee.write_memory(address, data)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise KernelError(errno.EFAULT, "memory that cannot be written", "copy_to_user") from None
 
     # -- its files ----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,11 @@
 
 import errno
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Iterable
 from typing import Final, Protocol
+
+from attrs import frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
@@ -16,8 +19,9 @@ from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount import plan_fsopen, plan_mount
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.mprotect import plan_mprotect
-from ipe_emu.exec_hook.plan import Continue, Event, Fail, Plan, Refuse, Return
+from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
+from ipe_emu.exec_hook.traps import Handler, Trap
 from ipe_emu.integrity.declared import FactsSource
 from ipe_emu.linux import syscalls
 from ipe_emu.linux.ptrace import kill_at_exec
@@ -65,7 +69,21 @@ _REFUSED: Final = {
     "personality": "READ_IMPLIES_EXEC or MMAP_PAGE_ZERO, under which memory becomes executable unasked",
 }
 
-_Handler = Callable[[Caller, tuple[int, ...]], Plan]
+
+@frozen
+class _Kill:
+    """The execve succeeds, and the process dies of it (``bprm_execve()``: ``force_fatal_sig(SIGSEGV)``)."""
+
+
+@frozen
+class _Opened:
+    """The call returns a new descriptor, open on what our ``fd`` is open on; ours is closed then."""
+
+    fd: int
+    close_on_exec: bool
+
+
+_Outcome = Continue | Fail | Return | Refuse | _Opened | _Kill
 
 
 class Judge(Protocol):
@@ -92,17 +110,18 @@ class Observer(Protocol):
         """A call that the policy allows returned success, and was not carried out."""
 
 
-def rules(*, securityfs: bool) -> tuple[Rule, ...]:
+def rules(*, securityfs: bool, traps: Iterable[Trap] = ()) -> tuple[Rule, ...]:
     """Return the rules of a rehearsed tree's filter; ``securityfs`` if one is emulated inside it."""
-    return _ALWAYS + _WITH_SECURITYFS if securityfs else _ALWAYS
+    return (*_ALWAYS, *(_WITH_SECURITYFS if securityfs else ()), *(trap.rule for trap in traps))
 
 
 class ExecHook:
     """Answers the system calls of one rehearsed tree, in one thread.
 
     ``machine`` and ``pid_depth`` are those of a `Machine`; a sandbox has one pid namespace, below ours. ``securityfs``
-    is the device number of the emulated securityfs, None if there is none. Raises NotJudgedError if this process has a
-    personality that the tree would inherit and that makes memory executable unasked.
+    is the device number of the emulated securityfs, None if there is none. ``traps`` are those that ``rules`` was
+    given. Raises NotJudgedError if this process has a personality that the tree would inherit and that makes memory
+    executable unasked.
     """
 
     def __init__(
@@ -114,6 +133,7 @@ class ExecHook:
         machine: int,
         pid_depth: int = 1,
         securityfs: int | None = None,
+        traps: Iterable[Trap] = (),
     ) -> None:
         inherited = syscalls.call("personality", _ASK_PERSONALITY)
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
@@ -124,7 +144,7 @@ class ExecHook:
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts()
         modules = Modules()
-        handlers: dict[str, _Handler] = {
+        handlers: dict[str, Handler] = {
             "execve": functools.partial(plan_execve, profile=judge.profile),
             "execveat": functools.partial(plan_execveat, profile=judge.profile),
             "mmap": plan_mmap,
@@ -142,44 +162,66 @@ class ExecHook:
         if securityfs is not None:
             for name, which in _COPIES.items():
                 handlers[name] = functools.partial(plan_copy, which=which, securityfs=securityfs)
-        self._handlers = {syscalls.NUMBERS[name]: handler for name, handler in handlers.items()}
+        of_call: dict[str, list[Handler]] = {}
+        for trap in traps:
+            of_call.setdefault(trap.syscall, []).append(trap.handler)
+        for name, handler in handlers.items():
+            of_call.setdefault(name, []).append(handler)
+        self._handlers = {
+            syscalls.NUMBERS[name]: tuple(asked) for name, asked in of_call.items() if name in syscalls.NUMBERS
+        }
 
     def answer(self, listener: Listener, notification: Notification) -> None:
         """Judge one call and answer it. What goes wrong in here ends as a call that was not judged."""
         try:
-            plan = self._look(notification)
-            # Only now is it certain that what was read was the caller's, and no successor's of the same pid.
-            if listener.valid(notification):
-                self._carry_out(listener, notification, plan)
+            answer = self._judged(listener, notification)
+            if answer is not None:
+                self._send(listener, notification, answer)
         except Exception as error:  # whatever it is: the caller must neither hang nor pass
             if listener.valid(notification):
                 self._refuse(listener, notification, f"{type(error).__name__}: {error}")
 
-    def _look(self, notification: Notification) -> Plan:
+    def _judged(self, listener: Listener, notification: Notification) -> _Outcome | None:
+        """Look at a call, have it judged, and do what we do ourselves; return what it answers, None if nobody waits."""
         if notification.pid <= 0:
-            return Plan(Refuse("the caller is in a pid namespace that cannot be seen from here"))
-        handler = self._handlers.get(notification.number)
-        if handler is None:
+            return Refuse("the caller is in a pid namespace that cannot be seen from here")
+        with Caller(notification.pid, self._mounts, self._facts, self._machine) as caller:
+            plan = self._look(caller, notification)
+            # Only now is it certain that what was read was the caller's, and no successor's of the same pid.
+            if not listener.valid(notification):
+                return None
+            for event in plan.events:
+                decision = self._judge.process_event(event.operation, event.hook, event.subject, event.file)
+                if decision.errno:
+                    self._observer.denied(event, decision)
+                    return (
+                        _Kill()
+                        if event.after_point_of_no_return
+                        else Fail(KernelError(decision.errno, "denied by IPE"))
+                    )
+            try:
+                return _done(plan.answer)
+            except KernelError as error:
+                return Fail(error)
+            except NotJudgedError as error:
+                return Refuse(str(error))
+
+    def _look(self, caller: Caller, notification: Notification) -> Plan:
+        handlers = self._handlers.get(notification.number)
+        if handlers is None:
             return Plan(Refuse(_REFUSED.get(notification.name, "nothing is known here of this call")))
         try:
-            with Caller(notification.pid, self._mounts, self._facts, self._machine) as caller:
-                return handler(caller, notification.args)
+            for handler in handlers:
+                plan = handler(caller, notification.args)
+                if plan is not None:
+                    return plan
         except KernelError as error:
             return Plan(Fail(error))
         except NotJudgedError as error:
             return Plan(Refuse(str(error)))
+        return Plan(Continue())
 
-    def _carry_out(self, listener: Listener, notification: Notification, plan: Plan) -> None:
-        for event in plan.events:
-            decision = self._judge.process_event(event.operation, event.hook, event.subject, event.file)
-            if decision.errno:
-                self._observer.denied(event, decision)
-                if event.after_point_of_no_return:
-                    self._kill(listener, notification)
-                else:
-                    listener.fail(notification, decision.errno)
-                return
-        answer = plan.answer
+    def _send(self, listener: Listener, notification: Notification, answer: _Outcome) -> None:
         if isinstance(answer, Continue):
             listener.continue_(notification)
         elif isinstance(answer, Fail):
@@ -190,11 +232,24 @@ class ExecHook:
             if answer.then is not None:
                 answer.then()
             listener.reply(notification, answer.value)
+        elif isinstance(answer, _Opened):
+            self._install(listener, notification, answer)
+        elif isinstance(answer, _Kill):
+            self._kill(listener, notification)
         else:
             self._refuse(listener, notification, answer.reason)
 
+    def _install(self, listener: Listener, notification: Notification, opened: _Opened) -> None:
+        try:
+            listener.install(notification, opened.fd, close_on_exec=opened.close_on_exec)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            listener.fail(notification, errno.EMFILE)
+        finally:
+            os.close(opened.fd)
+
     def _kill(self, listener: Listener, notification: Notification) -> None:
-        """Let the execve succeed and the process die of it (``bprm_execve()``: ``force_fatal_sig(SIGSEGV)``)."""
         process = Tracee(notification.pid).status.tgid
         try:
             kill_at_exec(notification.pid, process, lambda: listener.continue_(notification))
@@ -213,3 +268,12 @@ class ExecHook:
             return self._machine.subject(Tracee(notification.pid))
         except (OSError, ValueError, IndexError):
             return None
+
+
+def _done(answer: Answer) -> _Outcome:
+    """Do what we are to do ourselves."""
+    if isinstance(answer, Perform):
+        return Return(answer.act())
+    if isinstance(answer, Install):
+        return _Opened(answer.open_file(), answer.close_on_exec)
+    return answer

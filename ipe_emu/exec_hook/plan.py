@@ -52,13 +52,35 @@ class Return:
 
 
 @frozen
+class Perform:
+    """We carry the call out: it returns what ``act`` does.
+
+    ``act`` is called once the events are allowed and the call is known to be the caller's, whose descriptors are open
+    still. It may raise KernelError (the call fails with that), and NotJudgedError or OSError (it is refused).
+    """
+
+    act: Callable[[], int]
+
+
+@frozen
+class Install:
+    """The call returns a new descriptor, open on what ``open_file`` opens for it: a descriptor that is closed then.
+
+    When it is called, and what it may raise, is as with `Perform`.
+    """
+
+    open_file: Callable[[], int]
+    close_on_exec: bool
+
+
+@frozen
 class Refuse:
     """The call cannot be judged, or not be done here: it fails with EPERM, and the rehearsal fails with it."""
 
     reason: str
 
 
-Answer = Continue | Fail | Return | Refuse
+Answer = Continue | Fail | Return | Perform | Install | Refuse
 
 
 @frozen

@@ -37,12 +37,27 @@ class AnyBit:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Holds if the low half of argument number ``argument``, cut to ``mask``, is ``value``."""
+
+    argument: int
+    mask: int
+    value: int
+
+
+Condition = AnyBit | Masked
+
+
+@dataclass(frozen=True)
 class Rule:
-    """One system call, by name, and what becomes of it where ``when`` holds; elsewhere it is let through."""
+    """One system call, by name, and what becomes of it where ``when`` holds; elsewhere it is let through.
+
+    Of several rules for one call the first that holds counts.
+    """
 
     syscall: str
     action: Action
-    when: AnyBit | None = None
+    when: Condition | None = None
 
 
 # AUDIT_ARCH_ values (include/uapi/linux/audit.h): the only architecture whose calls are let through.
@@ -53,11 +68,12 @@ _X32_SYSCALL_BIT: Final = 0x40000000
 # What a tracer writes to have a call skipped (ptrace(2)); it is no x32 call, and must keep the tracer's return value.
 _NO_SYSCALL: Final = 0xFFFFFFFF
 
-# Classic BPF (include/uapi/linux/bpf_common.h): load a word of seccomp_data, jump on a constant, return a constant.
+# Classic BPF (include/uapi/linux/bpf_common.h): load a word of seccomp_data, jump on a constant, mask, return.
 _LOAD: Final = 0x20
 _JUMP_EQUAL: Final = 0x15
 _JUMP_GREATER_OR_EQUAL: Final = 0x35
 _JUMP_ANY_BIT: Final = 0x45
+_AND: Final = 0x54
 _RETURN: Final = 0x06
 
 # Offsets in struct seccomp_data; the low half of an argument comes first on the little-endian machines above.
@@ -73,7 +89,7 @@ def assemble(rules: Iterable[Rule], machine: str, numbers: Mapping[str, int]) ->
 
     Calls of every other architecture, x32 among them, answer ENOSYS: they would pass below the table of numbers.
     A rule for a call that this architecture does not have is left out. Raises ``NotImplementedError`` for a machine
-    without a table, and ``ValueError`` if a call has two rules.
+    without a table.
     """
     if machine not in _AUDIT_ARCH:
         raise NotImplementedError(f"no seccomp filter is known here for {machine}")
@@ -89,29 +105,29 @@ def assemble(rules: Iterable[Rule], machine: str, numbers: Mapping[str, int]) ->
             (_JUMP_GREATER_OR_EQUAL, 0, 1, _X32_SYSCALL_BIT),
             (_RETURN, 0, 0, Action.ENOSYS),
         ]
-    seen: set[str] = set()
+    by_call: dict[str, list[Rule]] = {}
     for rule in rules:
-        if rule.syscall in seen:
-            raise ValueError(f"two rules for {rule.syscall}")
-        seen.add(rule.syscall)
-        if rule.syscall in numbers:
-            body = _body(rule)
-            program += [(_JUMP_EQUAL, 0, len(body), numbers[rule.syscall]), *body]
+        by_call.setdefault(rule.syscall, []).append(rule)
+    for name, of_call in by_call.items():
+        if name in numbers:
+            body = [instruction for rule in of_call for instruction in _body(rule)]
+            if not any(rule.when is None for rule in of_call):
+                body.append((_RETURN, 0, 0, _ALLOW))
+            program += [(_JUMP_EQUAL, 0, len(body), numbers[name]), *body]
     program.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(_INSTRUCTION.pack(code, yes, no, value) for code, yes, no, value in program)
 
 
 def _body(rule: Rule) -> list[tuple[int, int, int, int]]:
+    """Return what answers where the rule holds, and goes on behind its last instruction where not."""
+    answer = (_RETURN, 0, 0, int(rule.action))
     if rule.when is None:
-        return [(_RETURN, 0, 0, rule.action)]
+        return [answer]
+    load = (_LOAD, 0, 0, _OFFSET_ARGUMENTS + 8 * rule.when.argument)
+    if isinstance(rule.when, Masked):
+        return [load, (_AND, 0, 0, rule.when.mask), (_JUMP_EQUAL, 0, 1, rule.when.value), answer]
     unless = [] if rule.when.unless is None else [(_JUMP_EQUAL, 2, 0, rule.when.unless)]
-    return [
-        (_LOAD, 0, 0, _OFFSET_ARGUMENTS + 8 * rule.when.argument),
-        *unless,
-        (_JUMP_ANY_BIT, 0, 1, rule.when.mask),
-        (_RETURN, 0, 0, rule.action),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
+    return [load, *unless, (_JUMP_ANY_BIT, 0, 1, rule.when.mask), answer]
 
 
 _SET_MODE_FILTER: Final = 1
@@ -153,10 +169,15 @@ class Notification(NamedTuple):
 _IOCTL_RECEIVE: Final = 0xC0502100
 _IOCTL_SEND: Final = 0xC0182101
 _IOCTL_ID_VALID: Final = 0x40082102
+_IOCTL_ADDFD: Final = 0x40182103
 _FLAG_CONTINUE: Final = 1
+# The call returns the number of the descriptor that was added.
+_ADDFD_FLAG_SEND: Final = 1 << 1
 
 _NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
 _RESPONSE: Final = struct.Struct("=QqiI")
+#: struct seccomp_notif_addfd: id, flags, our descriptor, theirs (if it is chosen here), O_CLOEXEC or nothing.
+_ADDFD: Final = struct.Struct("=QIIII")
 _U64: Final = struct.Struct("=Q")
 
 
@@ -218,6 +239,18 @@ class Listener:
     def reply(self, notification: Notification, value: int) -> None:
         """Have the call return ``value`` without being carried out."""
         self._send(notification, value, 0, 0)
+
+    def install(self, notification: Notification, fd: int, *, close_on_exec: bool) -> None:
+        """Have the call return a new descriptor of the caller's that is open on what ``fd`` is open on.
+
+        OSError EMFILE if the caller may have no more.
+        """
+        flags = os.O_CLOEXEC if close_on_exec else 0
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_ADDFD, _ADDFD.pack(notification.id, _ADDFD_FLAG_SEND, fd, 0, flags))
+        except OSError as failure:
+            if failure.errno != errno.ENOENT:
+                raise
 
     def _send(self, notification: Notification, value: int, error: int, flags: int) -> None:
         try:

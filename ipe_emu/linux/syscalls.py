@@ -86,6 +86,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "open_by_handle_at": (304, 265),
     "setns": (308, 268),
     "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
     "finit_module": (313, 273),
     "seccomp": (317, 277),
     "memfd_create": (319, 279),

@@ -5,8 +5,11 @@ What is read here belongs to the thread only if its notification is still valid 
 
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
+
+from ipe_emu.linux import syscalls
 
 _PAGE: Final = 4096
 # Most strings that are read are paths, and most paths are shorter.
@@ -14,6 +17,8 @@ _CHUNK: Final = 256
 _PIECE: Final = 1 << 20
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC
 _PATH_ONLY: Final = os.O_PATH | os.O_CLOEXEC
+#: struct iovec: address and length.
+_IOVEC: Final = struct.Struct("=QQ")
 # No /proc file that is read here is longer, but for mountinfo and maps.
 _SMALL_FILE: Final = 1 << 16
 
@@ -162,6 +167,15 @@ class Tracee:
             return bytes(found)
         finally:
             os.close(memory)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write ``data`` to ``address``; OSError EFAULT where the thread itself could not."""
+        # Not through /proc/PID/mem, which writes to read-only memory as well, as debuggers want it.
+        ours = syscalls.writable(len(data))
+        ours.raw = data
+        vectors = (_IOVEC.pack(syscalls.address(ours), len(data)), _IOVEC.pack(address, len(data)))
+        if syscalls.call("process_vm_writev", self.pid, vectors[0], 1, vectors[1], 1, 0) < len(data):
+            raise OSError(errno.EFAULT, "end of memory")
 
     # -- files --------------------------------------------------------------------------------------------------
 

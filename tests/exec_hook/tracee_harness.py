@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ from ipe_emu.audit import AuditRecord
 from ipe_emu.event import Subject
 from ipe_emu.exec_hook.hook import ExecHook, Judge
 from ipe_emu.exec_hook.plan import Event
+from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.declared import OpenFile, Place
 from ipe_emu.integrity.facts import NO_FACTS, Facts
 from ipe_emu.keyring import Keyrings
@@ -136,9 +137,17 @@ class Rehearsal(Inside):
     """The same under the filter, with a hook that answers in a thread. At first no policy is active."""
 
     def __init__(
-        self, mount_point: Path, tree: Path | None = None, *, securityfs: int | None = None, **options: Any
+        self,
+        mount_point: Path,
+        tree: Path | None = None,
+        *,
+        securityfs: int | None = None,
+        traps: Sequence[Trap] = (),
+        **options: Any,
     ) -> None:
-        super().__init__(mount_point, tree, bare=False, securityfs=securityfs is not None, **options)
+        trapped = [trap.syscall for trap in traps]
+        super().__init__(mount_point, tree, bare=False, securityfs=securityfs is not None, traps=trapped, **options)
+        self._traps = traps
         self.records: list[AuditRecord] = []
         self.notes = Notes()
         self.calls: list[Notification] = []
@@ -151,7 +160,9 @@ class Rehearsal(Inside):
 
     def _new_hook(self, ipe: Judge) -> ExecHook:
         machine = Path(f"/proc/{self.pid}/ns/user").stat().st_ino
-        return ExecHook(ipe, self.facts, self.notes, machine=machine, pid_depth=0, securityfs=self.securityfs)
+        return ExecHook(
+            ipe, self.facts, self.notes, machine=machine, pid_depth=0, securityfs=self.securityfs, traps=self._traps
+        )
 
     def judge(self, judge: Judge) -> None:
         """Have another judge decide from now on."""

@@ -22,6 +22,7 @@ from typing import Any
 from ipe_emu.errors import errno_name
 from ipe_emu.exec_hook.hook import rules
 from ipe_emu.linux import seccomp, syscalls
+from ipe_emu.linux.seccomp import Action, Rule
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, call
 
 CLONE_NEWNS = 0x20000
@@ -165,7 +166,8 @@ def main() -> None:
     if options.get("bare"):
         channel.send(b"B")
     else:
-        listener = seccomp.install(rules(securityfs=options.get("securityfs", False)))
+        trapped = [Rule(name, Action.NOTIFY) for name in options.get("traps", ())]
+        listener = seccomp.install([*rules(securityfs=options.get("securityfs", False)), *trapped])
         socket.send_fds(channel, [b"L"], [listener])
         os.close(listener)
     channel.recv(1)
