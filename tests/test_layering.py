@@ -18,6 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__"}),
     frozenset({"event", "policy", "pkcs7", "keyring", "integrity", "audit", "profiles"}),
     frozenset({"lsm"}),
+    frozenset({"binfmt"}),
     frozenset({"ipe_securityfs", "exec_hook"}),
     frozenset({"rehearse"}),
     frozenset({"cli"}),

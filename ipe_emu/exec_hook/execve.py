@@ -6,11 +6,12 @@ import os
 import stat
 from typing import Final
 
+from ipe_emu.binfmt.execution import Execution, Question
 from ipe_emu.errors import KernelError, NotJudgedError
-from ipe_emu.event import File, Hook
-from ipe_emu.exec_hook import binfmt_misc, elf, script
+from ipe_emu.event import File, Hook, Subject
+from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.caller import Caller, entry_name
-from ipe_emu.exec_hook.plan import Continue, Event, Fail, Plan, Refuse, Return
+from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Plan, Refuse, Return
 from ipe_emu.exec_hook.write_access import deny_write_access
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, signed_int
 from ipe_emu.linux.tracee import Tracee
@@ -19,11 +20,7 @@ from ipe_emu.profiles import Profile
 
 AT_EXECVE_CHECK: Final = 0x10000
 
-# Enough for an ELF header and the usual number of program headers.
-_HEAD_SIZE: Final = 1024
 _PATH_MAX: Final = 4096
-# kernel: exec_binprm(); a script may lead to a script five times
-_MAX_DEPTH: Final = 5
 
 
 def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile) -> Plan:
@@ -49,7 +46,7 @@ def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Pro
             _open_to_read(caller, program)
         event = Event(Operation.EXECUTE, Hook.BPRM_CREDS_FOR_EXEC, caller.subject, caller.file(program))
         return Plan(Return(0), (event,))
-    return _Exec(caller, directory, path).plan(program)
+    return _plan_execution(caller, directory, path, program)
 
 
 def read_path(tracee: Tracee, address: int) -> bytes:
@@ -94,103 +91,58 @@ def _open_to_read(caller: Caller, program: int) -> int:
     return fd
 
 
-class _Exec:
-    """One execution, from the file that was named to the program that runs (kernel: ``struct linux_binprm``)."""
+def _plan_execution(caller: Caller, directory: int, path: bytes, program: int) -> Plan:
+    execution = Execution(_Opener(caller, directory, path))
+    answer: Answer
+    subject = caller.subject
+    try:
+        loaded = execution.load(program, path)
+        # An empty path was made up of a descriptor; the name is then the directory entry's (bprm->comm_from_dentry).
+        subject = caller.renamed(path.rpartition(b"/")[2] if path else entry_name(loaded.fd))
+        answer = Continue()
+    except KernelError as error:
+        answer = Fail(error)
+    except NotJudgedError as error:
+        answer = Refuse(str(error))
+    return Plan(answer, tuple(_event(caller.subject, subject, question) for question in execution.questions))
+
+
+def _event(before: Subject, after: Subject, question: Question) -> Event:
+    subject = after if question.after_point_of_no_return else before
+    return Event(Operation.EXECUTE, question.hook, subject, question.file, question.after_point_of_no_return)
+
+
+class _Opener:
+    """Opens the files of one execution as its caller (``binfmt.execution.Opener``)."""
 
     def __init__(self, caller: Caller, directory: int, path: bytes) -> None:
         self._caller = caller
         self._directory = directory
         self._path = path
-        self._events: list[Event] = []
+        self._formats = binfmt_misc.registered()
 
-    def plan(self, program: int) -> Plan:
-        try:
-            self._load_elf(*self._search_binary_handler(program))
-        except KernelError as error:
-            return Plan(Fail(error), tuple(self._events))
-        except NotJudgedError as error:
-            return Plan(Refuse(str(error)), tuple(self._events))
-        return Plan(Continue(), tuple(self._events))
+    def open_execat(self, path: bytes) -> int:
+        return _open_execat(self._caller, AT_FDCWD, path)
 
-    def _search_binary_handler(self, program: int) -> tuple[File, int, bytes]:
-        """Follow scripts to their interpreters; return the binary in the end, open for reading, and its beginning."""
-        formats = binfmt_misc.registered()
-        name = self._path
-        for _ in range(_MAX_DEPTH + 1):
-            file = self._caller.file(program)
-            event = Event(Operation.EXECUTE, Hook.BPRM_CHECK, self._caller.subject, file)
-            try:
-                binary = _open_to_read(self._caller, program)
-            except NotJudgedError:
-                self._events.append(event)  # a denial makes an end before it would have to be read
-                raise
-            self._events.append(event)
-            head = os.pread(binary, _HEAD_SIZE, 0)
-            buffer = head[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
-            interpreter = self._interpreter(formats, buffer, name)
-            if interpreter is None:
-                return file, binary, head
-            name = interpreter
-            program = _open_execat(self._caller, AT_FDCWD, name)
-        raise KernelError(errno.ELOOP, "interpreters that are scripts, nested too deeply", "exec_binprm")
+    def open_to_read(self, program: int) -> int:
+        return _open_to_read(self._caller, program)
 
-    def _interpreter(self, formats: tuple[binfmt_misc.Format, ...], head: bytes, name: bytes) -> bytes | None:
-        # The kernel asks binfmt_misc before binfmt_script before binfmt_elf.
-        misc = binfmt_misc.match(formats, head, name)
-        if misc is not None:
-            if "F" in misc.flags:
-                raise NotJudgedError(
-                    f"binfmt_misc format {misc.name} has an interpreter that the host opened when it was registered"
-                )
-            interpreter = misc.interpreter
-        elif script.is_script(head):
-            found = script.interpreter_of(head)
-            if found is None:
-                raise KernelError(errno.ENOEXEC, "the first line names no interpreter", "load_script")
-            interpreter = found
-        else:
+    def file(self, program: int) -> File:
+        return self._caller.file(program)
+
+    def registered_interpreter(self, head: bytes, name: bytes) -> bytes | None:
+        found = binfmt_misc.match(self._formats, head, name)
+        if found is None:
             return None
-        if self._is_inaccessible():
-            raise KernelError(errno.ENOENT, "the interpreter could not open what is close-on-exec", "load_script")
-        return interpreter
+        if "F" in found.flags:
+            raise NotJudgedError(
+                f"binfmt_misc format {found.name} has an interpreter that the host opened when it was registered"
+            )
+        return found.interpreter
 
-    def _is_inaccessible(self) -> bool:
-        """Whether an interpreter would be given a /dev/fd path that exec closes (BINPRM_FLAGS_PATH_INACCESSIBLE)."""
+    def check_accessible(self) -> None:
+        # An interpreter would be given a /dev/fd path that exec closes (BINPRM_FLAGS_PATH_INACCESSIBLE).
         if self._directory == AT_FDCWD or self._path.startswith(b"/"):
-            return False
-        return bool(self._caller.tracee.flags_of_fd(self._directory) & os.O_CLOEXEC)
-
-    def _load_elf(self, file: File, binary: int, head: bytes) -> None:
-        """Ask about the mappings of a program and then of its ELF interpreter (``load_elf_binary()``)."""
-        kind = elf.kind_of(head)
-        if kind is elf.Kind.COMPAT:
-            raise NotJudgedError("a 32-bit program, whose system calls cannot be judged here")
-        if kind is not elf.Kind.NATIVE:
-            # Not left to this machine's kernel, which may know an interpreter for it (binfmt_misc) that we do not.
-            raise KernelError(errno.ENOEXEC, "neither a script nor a program of this machine", "search_binary_handler")
-        try:
-            program = elf.read_program(binary, head)
-        except elf.BadElfError as error:
-            raise KernelError(errno.ENOEXEC, str(error), "load_elf_binary") from None
-        loaded = [(file, program)]
-        if program.interpreter is not None:
-            interpreter = self._open_elf_interpreter(program.interpreter)
-            if program.complete:  # else the process dies before
-                loaded.append(interpreter)
-        # An empty path was made up of a descriptor; the name is then the directory entry's (bprm->comm_from_dentry).
-        comm = self._path.rpartition(b"/")[2] if self._path else entry_name(binary)
-        subject = self._caller.renamed(comm)
-        for mapped, segments in loaded:
-            event = Event(Operation.EXECUTE, Hook.MMAP, subject, mapped, after_point_of_no_return=True)
-            self._events += [event] * segments.executable_segments
-
-    def _open_elf_interpreter(self, path: bytes) -> tuple[File, elf.Program]:
-        found = _open_execat(self._caller, AT_FDCWD, path)
-        fd = _open_to_read(self._caller, found)
-        head = os.pread(fd, _HEAD_SIZE, 0)
-        if len(head) < elf.HEADER_SIZE:
-            raise KernelError(errno.EIO, "the ELF interpreter is shorter than a header", "elf_read")
-        try:
-            return self._caller.file(found), elf.read_interpreter(fd, head)
-        except elf.BadElfError as error:
-            raise KernelError(errno.ELIBBAD, f"the ELF interpreter: {error}", "load_elf_binary") from None
+            return
+        if self._caller.tracee.flags_of_fd(self._directory) & os.O_CLOEXEC:
+            raise KernelError(errno.ENOENT, "the interpreter could not open what is close-on-exec", "load_script")

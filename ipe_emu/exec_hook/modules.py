@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
+from ipe_emu.binfmt import elf
 from ipe_emu.errors import KernelError
 from ipe_emu.event import Hook
-from ipe_emu.exec_hook import elf
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.plan import Answer, Event, Fail, Plan, Refuse, Return
 from ipe_emu.exec_hook.write_access import deny_write_access

@@ -1,38 +1,17 @@
-"""Scripts, binfmt_misc registrations and ELF headers as values."""
+"""binfmt_misc registrations as values."""
 
 from pathlib import Path
 
 import pytest
 
+from ipe_emu.binfmt import script
 from ipe_emu.errors import NotJudgedError
-from ipe_emu.exec_hook import binfmt_misc, elf, script
+from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.binfmt_misc import Format
 
 
 def head(text: bytes) -> bytes:
     return text[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
-
-
-@pytest.mark.parametrize(
-    ("text", "interpreter"),
-    [
-        (b"#!/bin/sh\n", b"/bin/sh"),
-        (b"#! \t /bin/sh \t -x\n", b"/bin/sh"),
-        (b"#!/bin/sh", b"/bin/sh"),
-        (b"#!/bin/sh\r\n", b"/bin/sh\r"),
-        (b"#!\n", None),
-        (b"#! \t\n", None),
-        (b"#!", b""),  # a NUL ends it: the empty name, which the kernel opens as a directory
-        (b"#!/" + b"a" * 251 + b"\n", b"/" + b"a" * 251),
-        (b"#!/" + b"a" * 253 + b"\n", None),  # the newline is out of sight
-        (b"#!/" + b"a" * 252 + b" ", b"/" + b"a" * 252),
-        (b"#!/" + b"a" * 300, None),
-        (b"#!" + b" " * 300, None),
-    ],
-)
-def test_interpreters(text: bytes, interpreter: bytes | None) -> None:
-    assert script.is_script(head(text))
-    assert script.interpreter_of(head(text)) == interpreter
 
 
 @pytest.fixture
@@ -86,9 +65,3 @@ def test_two_that_match_are_not_judged() -> None:
     assert binfmt_misc.match(formats, head(b"XZ"), b"x") == formats[0]
     with pytest.raises(NotJudgedError, match="a, b"):
         binfmt_misc.match(formats, head(b"XY"), b"x")
-
-
-@pytest.mark.parametrize("text", [b"", b"\x7fELF", b"\x7fELF" + bytes(59), b"MZ" + bytes(100), bytes(64)])
-def test_no_elf(text: bytes) -> None:
-    assert elf.kind_of(text) is elf.Kind.NOT_ELF
-    assert not elf.module_name(lambda offset, size: text[offset : offset + size], len(text))
