@@ -10,8 +10,8 @@ from attrs import define, field
 
 from ipe_emu.errors import IpeEmuError, NotJudgedError, UserError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.declared import OpenFile, Place
 from ipe_emu.integrity.facts import Facts
+from ipe_emu.integrity.sources import OpenFile, Place
 from ipe_emu.linux import syscalls
 from ipe_emu.lsm import Decision
 from ipe_emu.policy.rule import Operation

@@ -11,7 +11,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.event import File, Subject
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import mountinfo, procfs, syscalls
 from ipe_emu.lsm import Opener
 

@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError, IpeEmuError, UserError
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import Ipe
 from ipe_securityfs.clients import Credentials

@@ -34,7 +34,7 @@ from pyfuse3 import (
 
 from ipe_emu.errors import KernelError
 from ipe_emu.event import Subject
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.clients import (

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs, syscalls
 from ipe_securityfs.clients import describe
 

@@ -18,8 +18,8 @@ from attrs import define
 from ipe_emu.audit import AuditRecord, RecordType, format_line
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.declared import FactsSource
 from ipe_emu.integrity.facts import Facts
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import Ipe, LoadedPolicy
 from ipe_emu.policy.rule import Operation

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from ipe_emu.errors import IpeEmuError
 from ipe_emu.event import File, Subject
-from ipe_emu.integrity.declared import Place
 from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.integrity.sources import Place
 from ipe_emu.linux.mountinfo import Location
 from ipe_emu.lsm import Decision
 from ipe_emu.policy.evaluate import Match, Verdict

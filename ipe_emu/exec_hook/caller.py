@@ -12,7 +12,7 @@ from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import Access
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.resolve import look_up
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.

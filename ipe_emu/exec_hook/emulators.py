@@ -11,7 +11,8 @@ from ipe_emu.exec_hook.hook import Judge
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
 from ipe_emu.exec_hook.supervisor import SecurityFsServer
-from ipe_emu.integrity.declared import Declared, FactsSource, is_volume
+from ipe_emu.integrity.declared import Declared, is_volume
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.lsm import Ipe, UpstreamRefusal
 
 if TYPE_CHECKING:

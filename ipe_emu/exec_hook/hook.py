@@ -22,7 +22,7 @@ from ipe_emu.exec_hook.mprotect import plan_mprotect
 from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
 from ipe_emu.exec_hook.traps import Handler, Trap
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import syscalls
 from ipe_emu.linux.ptrace import kill_at_exec
 from ipe_emu.linux.seccomp import Action, AnyBit, Listener, Notification, Rule

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ipe_emu.exec_hook.hook import ExecHook
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Surroundings
-from ipe_emu.integrity.declared import FactsSource
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
 

@@ -11,50 +11,21 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 
 from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity import fsverity
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
+from ipe_emu.integrity.sources import OpenFile, Place
 
 #: A file of facts larger than this is not one.
 MAX_FILE_SIZE = 1 << 20
 _DIGEST = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}:(?:[0-9a-fA-F]{2}){1,64}", re.ASCII)
 
-#: Opens a file for reading and gives the descriptor, which the caller closes; OSError where that fails.
-OpenFile = Callable[[], int]
-
-
-class Place(Protocol):
-    """Where a file lies, whatever its file system is mounted on (``linux.mountinfo.Location``)."""
-
-    @property
-    def device(self) -> str:
-        """The device number of its file system."""
-
-    @property
-    def path(self) -> bytes:
-        """Its path on that file system."""
-
-    @property
-    def mount_root(self) -> bytes:
-        """The directory of that file system beyond which the mount it was reached by shows nothing."""
-
-
 #: Tells where an existing file lies, by its absolute path free of symbolic links; OSError where it cannot.
 Locate = Callable[[bytes], Place]
-
-
-class FactsSource(Protocol):
-    """Whatever knows facts of files."""
-
-    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
-        """Return what holds for one file; nothing does for a file of which nobody knows where it lies.
-
-        ``open_file`` is called only if the content must be read again.
-        """
 
 
 @frozen

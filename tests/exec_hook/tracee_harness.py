@@ -22,8 +22,8 @@ from ipe_emu.event import Subject
 from ipe_emu.exec_hook.hook import ExecHook, Judge
 from ipe_emu.exec_hook.plan import Event
 from ipe_emu.exec_hook.traps import Trap
-from ipe_emu.integrity.declared import OpenFile, Place
 from ipe_emu.integrity.facts import NO_FACTS, Facts
+from ipe_emu.integrity.sources import OpenFile, Place
 from ipe_emu.keyring import Keyrings
 from ipe_emu.linux.seccomp import Listener, Notification
 from ipe_emu.lsm import Decision, Ipe

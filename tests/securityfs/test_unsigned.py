@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from ipe_emu.integrity.declared import FactsSource
 from ipe_emu.integrity.facts import NO_FACTS
+from ipe_emu.integrity.sources import FactsSource
 from ipe_securityfs.policy_file import PolicyFileReader
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, text
