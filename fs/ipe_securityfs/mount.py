@@ -14,6 +14,7 @@ from ipe_emu.errors import CannotEmulateError
 from ipe_emu.linux import mounts
 from ipe_emu.lsm import Ipe
 from ipe_securityfs.operations import MountedAs, Operations
+from ipe_securityfs.subtrees import Subtrees
 from ipe_securityfs.tree import Owner, Tree, lsm_list
 
 log = logging.getLogger("ipe_emu.securityfs")
@@ -27,17 +28,27 @@ class Session:
     """Serves ``ipe`` on ``target``: a directory, or ``/dev/fd/N`` where somebody else has mounted already.
 
     ``allow_other`` opens the mount to other users, as the kernel's is (mode bits decide); only root may ask for it.
+    ``beside_others`` makes the securityfs the directory ``security`` of what is mounted, beside ``subtrees``.
     """
 
     def __init__(
-        self, ipe: Ipe, target: str, mounted_as: MountedAs, *, owner: Owner | None = None, allow_other: bool = False
+        self,
+        ipe: Ipe,
+        target: str,
+        mounted_as: MountedAs,
+        *,
+        owner: Owner | None = None,
+        allow_other: bool = False,
+        beside_others: bool = False,
     ) -> None:
         self._target = target
         self._allow_other = allow_other
         names, known = lsm_list()
         if not known:
             log.info("this machine's /sys/kernel/security/lsm cannot be read; lsm shows %s", names.decode())
-        self.tree = Tree(ipe, lsm_list=names, owner=owner)
+        self.tree = Tree(ipe, lsm_list=names, owner=owner, beside_others=beside_others)
+        #: None where the securityfs is all there is.
+        self.subtrees = Subtrees(self.tree) if beside_others else None
         self._operations = Operations(ipe, self.tree, mounted_as)
         self._own_credentials = mounted_as.credentials
         self._adopted: list[int] = []

@@ -52,6 +52,7 @@ from ipe_securityfs.clients import (
 )
 from ipe_securityfs.policy_file import PolicyFileReader
 from ipe_securityfs.position import FilePosition
+from ipe_securityfs.subtrees import ImageFile
 from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
 
 Arguments = TypeVarTuple("Arguments")
@@ -142,6 +143,7 @@ class Operations(pyfuse3.Operations):
         self.mounted_as = mounted_as
         self._entries: dict[int, EntryAttributes] = {}
         self._handles: dict[int, _Handle] = {}
+        self._images: dict[int, ImageFile] = {}
         self._directories: dict[int, _OpenDirectory] = {}
         self._last_handle = 0
         self._removing: dict[int, Directory] = {}
@@ -201,6 +203,8 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Keep what is set, as simple_setattr() does; truncation changes the size that stat shows, and nothing else."""
         node = self._node(inode)
+        if isinstance(node, ImageFile):
+            raise _refused(errno.EROFS, "images are for reading", "")
         attributes = node.attributes
         if fields.update_mode:
             attributes.mode = stat.S_IFMT(attributes.mode) | stat.S_IMODE(attr.st_mode)
@@ -313,7 +317,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         if not isinstance(node, File):
-            raise FUSEError(errno.EISDIR)
+            return self._open_image(node, flags)
         if flags & os.O_DIRECT:
             raise _refused(errno.EINVAL, "O_DIRECT is unknown here", "do_dentry_open")
         if node.alias:
@@ -331,6 +335,24 @@ class Operations(pyfuse3.Operations):
         fh = self._next_handle()
         self._handles[fh] = handle
         return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+
+    def _open_image(self, node: Node, flags: FlagT) -> FileInfo:
+        if not isinstance(node, ImageFile):
+            # The kernel opens neither a directory nor a device here.
+            raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.ENXIO)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise _refused(errno.EROFS, "images are for reading", "")
+        fh = self._next_handle()
+        self._images[fh] = node
+        return FileInfo(fh=fh, keep_cache=True)
+
+    async def _read_image(self, fh: FileHandleT, offset: int, size: int) -> bytes:
+        """Read in another thread: the image may lie on a file system that this very thread has a part in."""
+        image = self._images[fh]
+        try:
+            return await trio.to_thread.run_sync(image.content.read, offset, size)
+        except Exception as error:
+            raise _as_fuse(error, image) from None
 
     def _show_size(self, node: File) -> None:
         """Tell the kernel how long a node is that is being opened for reading.
@@ -355,7 +377,9 @@ class Operations(pyfuse3.Operations):
             log.debug("%s: size not shown: %s", node.path, error)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        handle = self._handles[fh]
+        handle = self._handles.get(fh)
+        if handle is None:
+            return await self._read_image(fh, off, size)
         node = handle.node
         if node.read is None:
             _end_size(handle)
@@ -403,8 +427,10 @@ class Operations(pyfuse3.Operations):
             raise _as_fuse(error, handle.node) from None
 
     async def release(self, fh: FileHandleT) -> None:
-        handle = self._handles.pop(fh)
-        if handle.shows_size:
+        handle = self._handles.pop(fh, None)
+        if handle is None:
+            del self._images[fh]
+        elif handle.shows_size:
             handle.node.readers -= 1
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -588,6 +614,7 @@ def _new_entry(node: Node) -> EntryAttributes:
     entry.st_mode = ModeT(attributes.mode)
     entry.st_uid = attributes.uid
     entry.st_gid = attributes.gid
+    entry.st_rdev = attributes.rdev
     entry.st_atime_ns = attributes.atime_ns
     entry.st_mtime_ns = attributes.mtime_ns
     entry.st_ctime_ns = attributes.ctime_ns

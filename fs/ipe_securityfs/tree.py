@@ -3,7 +3,9 @@
 The layout, the modes and the order of creation are those of security/inode.c, security/ipe/fs.c and policy_fs.c.
 """
 
+import errno
 import itertools
+import os
 import stat
 import threading
 import time
@@ -15,6 +17,8 @@ from attrs import define, field, frozen
 from ipe_emu.lsm import Ipe, LoadedPolicy, PolicyAdded, PolicyRemoved, Writer
 
 ROOT_INO = 1
+#: The name of the securityfs's root in a file system that has other subtrees.
+SECURITY = b"security"
 #: The longest name simple_lookup() knows; beyond it is ENAMETOOLONG.
 NAME_MAX = 255
 
@@ -33,6 +37,8 @@ class Attributes:
     atime_ns: int = 0
     mtime_ns: int = 0
     ctime_ns: int = 0
+    #: Of device nodes: the number of the device.
+    rdev: int = 0
 
 
 @define(eq=False)
@@ -113,17 +119,26 @@ class Owner:
 
 
 class Tree:
-    """All nodes, kept in step with ``ipe``; the tables may be read from any thread."""
+    """All nodes, kept in step with ``ipe``; the tables may be read from any thread.
 
-    def __init__(self, ipe: Ipe, *, lsm_list: bytes, owner: Owner | None = None) -> None:
+    ``root`` is the securityfs's. It is the root of the file system as well, or, with ``beside_others``, the directory
+    ``security`` in one that has other subtrees too (`subtrees`): then only a clone of that directory is to be mounted
+    where a securityfs belongs.
+    """
+
+    def __init__(self, ipe: Ipe, *, lsm_list: bytes, owner: Owner | None = None, beside_others: bool = False) -> None:
         self._ipe = ipe
         self._owner = owner or Owner()
         self._inos = itertools.count(ROOT_INO + 1)
         self._nodes: dict[int, Node] = {}
         self._policies: dict[LoadedPolicy, Directory] = {}
         self._change = threading.Lock()
-        self.root = Directory(ROOT_INO, self._attributes(stat.S_IFDIR | 0o755), None, b"")
-        self._nodes[ROOT_INO] = self.root
+        self.top = Directory(ROOT_INO, self._attributes(stat.S_IFDIR | 0o755), None, b"")
+        self._nodes[ROOT_INO] = self.root = self.top
+        if beside_others:
+            # Without a parent: it is the root of what is seen of it.
+            self.root = Directory(next(self._inos), self._attributes(stat.S_IFDIR | 0o755), None, SECURITY)
+            self.top.children[SECURITY] = self._nodes[self.root.ino] = self.root
         self._file(self.root, b"lsm", 0o444, read=lambda: lsm_list)
         # In the order of ipe_init_securityfs().
         top = self._directory(self.root, b"ipe")
@@ -156,6 +171,35 @@ class Tree:
 
     def __iter__(self) -> Iterator[Node]:
         return iter(tuple(self._nodes.values()))
+
+    # -- nodes of other subtrees ----------------------------------------------------------------------------------
+
+    def new_ino(self) -> int:
+        """Return an inode number that no node ever had."""
+        return next(self._inos)
+
+    def add(self, node: Node) -> None:
+        """Take in a node that belongs to no policy, under its name in its parent. FileExistsError if that is taken."""
+        parent = node.parent
+        assert parent is not None  # noqa: S101 - the root is there from the beginning
+        with self._change:
+            if node.name in parent.children:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), node.path)
+            self._nodes[node.ino] = node
+            parent.children = {**parent.children, node.name: node}
+
+    def remove(self, node: Node) -> None:
+        """Take such a node away; whoever has it open keeps it."""
+        parent = node.parent
+        assert parent is not None  # noqa: S101 - as in ``add``
+        with self._change:
+            parent.children = {name: child for name, child in parent.children.items() if child is not node}
+        self._let_go(node)
+
+    def _let_go(self, node: Node) -> None:
+        node.removed = True
+        if node.lookups <= 0:
+            self._nodes.pop(node.ino, None)
 
     # -- policies that come and go --------------------------------------------------------------------------------
 
@@ -218,9 +262,7 @@ class Tree:
             # A policy of the same name may have been loaded since, and its news may have come first.
             self.policies.children = {n: node for n, node in self.policies.children.items() if node is not directory}
         for node in (directory, *directory.children.values(), *directory.aliases.values()):
-            node.removed = True
-            if node.lookups <= 0:
-                self._nodes.pop(node.ino, None)
+            self._let_go(node)
 
     # -- making nodes ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+"""What one FUSE session serves beside the securityfs: verified image files, and device nodes.
+
+pyfuse3 serves one session per process, so that whatever else is to be seen as a file is a subtree of this one. Only
+clones of single directories and files are mounted where a rehearsed tree can see them.
+"""
+
+import stat
+import time
+from typing import Protocol
+
+from attrs import define
+
+from ipe_securityfs.tree import Attributes, Directory, Node, Tree
+
+#: The names of the directories in the file system's root.
+IMAGES = b"images"
+DEVICES = b"devices"
+
+
+class Content(Protocol):
+    """What can be read of an image, in any thread."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return up to ``length`` bytes, fewer only at the end. KernelError for what cannot be read, such as EIO."""
+
+
+@define(eq=False)
+class ImageFile(Node):
+    """A regular file that can be read and nothing else. Its content never changes, and the kernel may keep it."""
+
+    content: Content
+
+
+@define(eq=False)
+class DeviceNode(Node):
+    """A block or character device as stat(2) shows it. What opening it means is for who traps open(2) to say."""
+
+
+class Subtrees:
+    """Puts nodes beside the securityfs of a tree that was made with ``beside_others``; from any thread."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.images = self._directory(IMAGES, 0o700)
+        self.devices = self._directory(DEVICES, 0o755)
+
+    def add_image(self, name: bytes, content: Content) -> ImageFile:
+        """Serve an image as ``images/NAME``. FileExistsError if there is one of that name."""
+        attributes = _attributes(stat.S_IFREG | 0o400)
+        attributes.size = content.size
+        image = ImageFile(self._tree.new_ino(), attributes, self.images, name, content)
+        image.permanent = image.constant = True
+        self._tree.add(image)
+        return image
+
+    def add_device(self, name: bytes, mode: int, number: int) -> DeviceNode:
+        """Serve a node as ``devices/NAME``: ``mode`` with its type (S_IFBLK, S_IFCHR), ``number`` as os.makedev().
+
+        It can be given another mode and owner, as in a devtmpfs. FileExistsError if there is one of that name.
+        """
+        attributes = _attributes(mode)
+        attributes.rdev = number
+        node = DeviceNode(self._tree.new_ino(), attributes, self.devices, name)
+        self._tree.add(node)
+        return node
+
+    def remove(self, node: ImageFile | DeviceNode) -> None:
+        """Take a node away; whoever has an image open can read on."""
+        self._tree.remove(node)
+
+    def _directory(self, name: bytes, mode: int) -> Directory:
+        directory = Directory(self._tree.new_ino(), _attributes(stat.S_IFDIR | mode), self._tree.top, name)
+        directory.permanent = True
+        self._tree.add(directory)
+        return directory
+
+
+def _attributes(mode: int) -> Attributes:
+    now = time.time_ns()
+    return Attributes(mode, 0, 0, 0, now, now, now)
