@@ -12,10 +12,10 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from ipe_emu.errors import KernelError, UserError, errno_name
-from ipe_emu.pkcs7.signature import public_key_verify_signature
+from ipe_emu.pkcs7.restrict import restrict_link_by_signature
 from ipe_emu.pkcs7.x509 import Certificate, parse_certificate
 
 MAX_FILE_SIZE = 8 << 20
@@ -84,6 +84,8 @@ class Keyrings:
     """Asked for signatures of root hashes alone, after all others; empty where the kernel has none (before 7.0)."""
     fsverity: Keyring = field(factory=Keyring, converter=_keyring)
     """The only one that is asked for signatures of fs-verity digests."""
+    ipe: Keyring = field(factory=Keyring, converter=_keyring)
+    """For policies alone, asked before ``platform``; op-policy's, and empty when a machine boots."""
 
     def __attrs_post_init__(self) -> None:
         for where in (self.builtin, self.revocation):
@@ -98,6 +100,10 @@ class Keyrings:
     def trusted(self) -> tuple[Keyring, ...]:
         """Return what stands for the secondary keyring, in the order of search."""
         return (self.secondary, self.builtin)
+
+    def for_root_hashes(self) -> "Keyrings":
+        """Return what dm-verity asks, but for its own keyring."""
+        return evolve(self, ipe=Keyring())
 
     def alone(self, keyring: Keyring) -> "Keyrings":
         """Return a set in which ``keyring`` alone is trusted; what was taken back stays so."""
@@ -133,21 +139,14 @@ class Keyrings:
         return tuple(cert for cert in self.secondary.certificates if not self._vouched(cert))
 
     def _vouched(self, certificate: Certificate) -> bool:
-        others = [k for k in (*self.secondary.certificates, *self.builtin.certificates) if k is not certificate]
         if certificate in self.builtin.certificates:
             return True
-        for issuer in others:
-            by_id = certificate.authority_id in issuer.identifiers
-            by_skid = certificate.authority_skid is not None and certificate.authority_skid == issuer.skid
-            by_name = certificate.authority_id is None and certificate.authority_skid is None
-            if not (by_id or by_skid or (by_name and certificate.issuer == issuer.subject)):
-                continue
-            try:
-                public_key_verify_signature(issuer.public_key, certificate.signature)
-            except KernelError:
-                continue
-            return True
-        return False
+        others = Keyring(cert for cert in self.secondary.certificates if cert is not certificate)
+        try:
+            restrict_link_by_signature(certificate, self, (others, self.builtin))
+        except KernelError:
+            return False
+        return True
 
 
 _PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]*)-----END \1-----")

@@ -30,7 +30,7 @@ def verify_signature(
 ) -> None:
     """Raise KernelError unless a key of the keyring ``.fs-verity`` has signed the digest.
 
-    EMSGSIZE for a signature that does not fit into a descriptor, EBADMSG while the keyring is empty, else as
+    EMSGSIZE for a signature that does not fit into a descriptor, ENOKEY while the keyring is empty, else as
     ``verify_pkcs7_signature``. Source: ``fsverity_verify_signature`` (fs/verity/signature.c).
     """
     if len(signature) > MAX_SIGNATURE_SIZE:
@@ -38,7 +38,7 @@ def verify_signature(
         raise KernelError(errno.EMSGSIZE, reason, "enable_verity")
     if not keyrings.fsverity:
         raise KernelError(
-            errno.EBADMSG, "the fs-verity keyring is empty, and the file is signed", "fsverity_verify_signature"
+            errno.ENOKEY, "the fs-verity keyring is empty, and the file is signed", "fsverity_verify_signature"
         )
     own = keyrings.alone(keyrings.fsverity)  # the platform's is not asked
     verify_pkcs7_signature(signature, own, content=formatted_digest(digest), unavailable_hashes=unavailable_hashes)

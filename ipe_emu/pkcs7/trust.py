@@ -106,7 +106,7 @@ def _validate_one(signer: Signer, keyrings: "Keyrings", where: "tuple[Keyring, .
         embedded.seen = True
         certificate = embedded.certificate
         try:
-            key = _find(keyrings, where, certificate.id, certificate.skid)
+            key = find_asymmetric_key(keyrings, where, certificate.id, certificate.skid)
         except KernelError:
             key = None
         if key is not None:
@@ -134,12 +134,14 @@ def _validate_one(signer: Signer, keyrings: "Keyrings", where: "tuple[Keyring, .
     _check(key, signer.signature, signer)
 
 
-def _find(
+def find_asymmetric_key(
     keyrings: "Keyrings", where: "tuple[Keyring, ...]", first: bytes | None, second: bytes | None
 ) -> Certificate | None:
-    """Find a key by one identifier, or by one that another must agree with (``find_asymmetric_key``).
+    """Find a key by one identifier, or by one that another must agree with.
 
-    The first may match either identifier of the key; the second only the key identifier.
+    The first may match either identifier of the key; the second only the key identifier. Raises KernelError:
+    EKEYREJECTED where they do not agree, EINVAL for an empty identifier. Source: ``find_asymmetric_key``
+    (crypto/asymmetric_keys/asymmetric_type.c).
     """
     sought = first if first is not None else second
     if sought is None:
@@ -155,7 +157,7 @@ def _find(
 
 
 def _find_issuer(keyrings: "Keyrings", where: "tuple[Keyring, ...]", certificate: Certificate) -> Certificate | None:
-    return _find(keyrings, where, certificate.authority_id, certificate.authority_skid)
+    return find_asymmetric_key(keyrings, where, certificate.authority_id, certificate.authority_skid)
 
 
 def _check(key: Certificate, signature: Signature, signer: Signer) -> None:

@@ -32,20 +32,26 @@ def verify_pkcs7_signature(
     """
     parsed = parse_signed_data(blob, unavailable_hashes)
     verification = _Verification(parsed, keyrings, unavailable_hashes)
+    further = [(".ipe", keyrings.ipe)] if keyrings.ipe else []
+    if keyrings.platform is not None:
+        further.append((".platform", keyrings.platform))
     try:
         return verification.run(keyrings.trusted(), content)
     except KernelError as error:
-        if keyrings.platform is None or error.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
-            raise
-        # The second answer counts alone: a bad signature by a trusted key, whose certificate is not in the
+        answer = error
+    for name, keyring in further:
+        if answer.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
+            break
+        # The last answer counts alone: a bad signature by a trusted key, whose certificate is not in the
         # message, becomes ENOKEY because the platform keyring does not know the key.
         try:
-            return verification.run((keyrings.platform,), content)
-        except KernelError as second:
-            if second.errno == error.errno:
-                raise
-            reason = f"{second.reason} (asked of the platform keyring; before that, {error})"
-            raise KernelError(second.errno, reason, second.function) from error
+            return verification.run((keyring,), content)
+        except KernelError as error:
+            if error.errno != answer.errno:
+                reason = f"{error.reason} (asked of the keyring {name}; before that, {answer})"
+                error = KernelError(error.errno, reason, error.function)
+            answer = error
+    raise answer
 
 
 class _Verification:

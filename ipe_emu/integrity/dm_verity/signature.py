@@ -30,7 +30,8 @@ def verify_root_hash(
         )
     content = root_hash.hex().encode()
     try:
-        verify_pkcs7_signature(signature, keyrings, content=content, unavailable_hashes=unavailable_hashes)
+        trusted = keyrings.for_root_hashes()
+        verify_pkcs7_signature(signature, trusted, content=content, unavailable_hashes=unavailable_hashes)
     except KernelError as error:
         # An empty keyring is not asked, so that kernels without such keys answer as those without such a keyring.
         if not keyrings.dm_verity or error.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
