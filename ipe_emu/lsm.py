@@ -366,6 +366,33 @@ class Ipe:
                 errno.EACCES, "the policy is not signed, and which program writes it is not known", "ipe_evaluate_event"
             )
 
+    def admit_key(self, subject: Subject, executable: File | None) -> None:
+        """Let a program put a certificate into the keyring ``.ipe`` where a rule of op=POLICY allows it for it.
+
+        KernelError EACCES where none does: not by a default, and permissive mode waives no signature.
+        """
+        verdict = self._evaluate(Operation.POLICY, Hook.POLICY_LOAD, subject, executable)
+        if verdict is None:
+            why = "no policy is active"
+        elif verdict.action is Action.DENY:
+            why = f"the active policy denies op=POLICY: {_matched_text(verdict).decode()}"
+        elif verdict.match is not Match.RULE:
+            why = "no op=POLICY rule matched, only a default allows it"
+        elif executable is None:
+            why = "which program adds it is not known"
+        else:
+            return
+        raise KernelError(errno.EACCES, f"the keyring .ipe takes no certificate: {why}", "ipe_evaluate_event")
+
+    def note_ipe_key(self, name: str) -> None:
+        """Count a certificate that entered the keyring ``.ipe``, which released kernels do not have."""
+        self.upstream_refusals.append(
+            UpstreamRefusal(
+                f"the certificate {name!r} entered the keyring .ipe",
+                f"on {UPSTREAM_OF_OP_POLICY.name}: there is no such keyring",
+            )
+        )
+
     def _note_unsigned(self, content: _Content, *, replaced_signed: bool) -> None:
         policy = content.policy
         self.upstream_refusals.append(

@@ -1,4 +1,4 @@
-"""IPE's two parameters on a kernel command line, read as the kernel reads them."""
+"""The parameters on a kernel command line that change what IPE answers, read as the kernel reads them."""
 
 from collections.abc import Iterator
 
@@ -13,20 +13,21 @@ _SPACE = b" \t\n\v\f\r\xa0"
 
 @frozen
 class Parameters:
-    """What the command line says of IPE; ``ignored`` are the words that the kernel only complains about."""
+    """What the command line says; ``ignored`` are the words that the kernel only complains about."""
 
     enforce: bool = True
     success_audit: bool = False
+    dm_verity_keyring_unsealed: bool = False
     ignored: tuple[bytes, ...] = ()
 
 
 def parse_cmdline(text: bytes) -> Parameters:
-    """Read ``ipe.enforce=`` and ``ipe.success_audit=`` (kernel: ``parse_args()``, ``param_set_bool()``).
+    """Read the parameters that `Parameters` has (kernel: ``parse_args()``, ``param_set_bool()``).
 
     The last boolean counts. A value that is no boolean is ``ignored``: the kernel logs an error and goes on with what
     it had. Every other word belongs to somebody else. ``--`` ends what the kernel reads.
     """
-    values = {b"ipe.enforce": True, b"ipe.success_audit": False}
+    values = {b"ipe.enforce": True, b"ipe.success_audit": False, b"dm_verity.keyring_unsealed": False}
     ignored = []
     for word in _words(text):
         if word == b"--":
@@ -41,7 +42,8 @@ def parse_cmdline(text: bytes) -> Parameters:
             values[name] = kstrtobool(value) if equals else True  # a bare name sets it
         except KernelError:
             ignored.append(word)
-    return Parameters(values[b"ipe.enforce"], values[b"ipe.success_audit"], tuple(ignored))
+    enforce, success_audit, unsealed = values.values()
+    return Parameters(enforce, success_audit, unsealed, tuple(ignored))
 
 
 def _words(text: bytes) -> Iterator[bytes]:

@@ -121,6 +121,10 @@ class Caller:
         except FileNotFoundError:
             return None
 
+    def program(self) -> File:
+        """Return what IPE knows of the program that the caller runs (``mm->exe_file``)."""
+        return self.file(self._keep(self.tracee.open_program()))
+
     def cwd(self) -> int:
         """Return an O_PATH descriptor of the caller's working directory."""
         return self._keep(self.tracee.open_cwd())

@@ -12,6 +12,9 @@ from typing import Final, NamedTuple
 from ipe_emu.linux import syscalls
 
 _PAGE: Final = 4096
+#: An entry of the auxiliary vector: its kind and its value.
+_AUXV: Final = struct.Struct("=QQ")
+_AT_RANDOM: Final = 25
 # Most strings that are read are paths, and most paths are shorter.
 _CHUNK: Final = 256
 _PIECE: Final = 1 << 20
@@ -124,6 +127,15 @@ class Tracee:
     def start_time(self) -> bytes:
         """Return when the thread started, in clock ticks since boot; with the pid it identifies the thread."""
         return start_time(self._read(b"stat"))
+
+    def random_bytes(self) -> bytes:
+        """Return the 16 bytes that execve(2) gave the program (getauxval(3), AT_RANDOM): others with each program."""
+        auxv = self._read(b"auxv")
+        for offset in range(0, len(auxv) - _AUXV.size + 1, _AUXV.size):
+            kind, value = _AUXV.unpack_from(auxv, offset)
+            if kind == _AT_RANDOM:
+                return self.memory(value, 16)
+        return b""
 
     # -- memory -------------------------------------------------------------------------------------------------
 

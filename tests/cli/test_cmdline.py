@@ -26,6 +26,7 @@ from ipe_emu.cli.cmdline import Parameters, parse_cmdline
         (b"ipe.enforce=maybe", Parameters(ignored=(b"ipe.enforce=maybe",))),
         (b"ipe.enforce=0 ipe.enforce=maybe", Parameters(enforce=False, ignored=(b"ipe.enforce=maybe",))),
         (b"=ipe.enforce=0 \xff", Parameters()),
+        (b"dm-verity.keyring-unsealed=1", Parameters(dm_verity_keyring_unsealed=True)),
     ],
 )
 def test_parse_cmdline(text: bytes, expected: Parameters) -> None:
