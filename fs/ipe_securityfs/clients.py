@@ -13,6 +13,7 @@ from attrs import frozen
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import mountinfo, procfs, syscalls
+from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.lsm import Opener
 
 #: The calls whose data comes from the caller's memory, and where their arguments say so.
@@ -256,26 +257,26 @@ def below_root_of(pid: int, path: bytes) -> bytes:
     return path.removeprefix(root) if root != b"/" and path.startswith(root + b"/") else path
 
 
-def describe(pid: int, fd: int, facts: FactsSource) -> File:
+def describe(pid: int, fd: int, facts: FactsSource, superblocks: Superblocks = mountinfo.OF_THIS_MACHINE) -> File:
     """Return the open file ``fd`` of this process as an event of process ``pid`` knows it; OSError on failure."""
     path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115
     status = os.fstat(fd)
     mount = procfs.mount_id("self", fd)
     known = facts.facts_of(
-        mountinfo.location(pid, mount, path),
+        superblocks.location(pid, mount, path),
         status,
         lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
     )
-    superblock = mountinfo.superblock_name(pid, mount, status.st_dev) or "?"
+    superblock = superblocks.name_of(pid, mount, status.st_dev) or "?"
     return File(below_root_of(pid, path), superblock, status.st_ino, known)
 
 
-def executable_of(pid: int, facts: FactsSource) -> File | None:
+def executable_of(pid: int, facts: FactsSource, superblocks: Superblocks) -> File | None:
     """Return the program a process runs (``mm->exe_file``), or None where it cannot be established."""
     try:
         fd = os.open(f"/proc/{pid}/exe", os.O_PATH | os.O_CLOEXEC)
         try:
-            return describe(pid, fd, facts)
+            return describe(pid, fd, facts, superblocks)
         finally:
             os.close(fd)
     except OSError:

@@ -36,6 +36,7 @@ from ipe_emu.errors import KernelError
 from ipe_emu.event import Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
+from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.clients import (
     Credentials,
@@ -87,6 +88,7 @@ class MountedAs:
     ``device`` gives the mount's st_dev, from which no policy file is read. ``pid_level`` says which pid namespace is
     the rehearsed machine's: 0 for this process's own, 1 for one directly below it. ``size_trick`` shows readers a size
     (see ``Operations._show_size``); there is no need of it where an exec hook answers sendfile(2) and its kin.
+    ``superblocks`` are the rehearsed machine's.
     """
 
     credentials: Credentials
@@ -95,6 +97,7 @@ class MountedAs:
     device: int | None = None
     pid_level: int = 0
     size_trick: bool = True
+    superblocks: Superblocks = OF_THIS_MACHINE
 
 
 @define(eq=False)
@@ -571,12 +574,12 @@ class Operations(pyfuse3.Operations):
             subject = subject_of(write.tid, self.mounted_as.pid_level)
         except (OSError, ValueError, LookupError) as error:
             raise KernelError(errno.EACCES, f"which process writes cannot be established: {error}", "") from None
-        facts = self.mounted_as.facts
+        facts, superblocks = self.mounted_as.facts, self.mounted_as.superblocks
         return Writer(
             handle.writer.opener,
             subject,
-            executable=lambda: executable_of(write.tid, facts),
-            read_policy_file=PolicyFileReader(write.tid, subject.pid, facts, self.mounted_as.device),
+            executable=lambda: executable_of(write.tid, facts, superblocks),
+            read_policy_file=PolicyFileReader(write.tid, subject.pid, facts, superblocks, self.mounted_as.device),
         )
 
     # -- removal ---------------------------------------------------------------------------------------------------

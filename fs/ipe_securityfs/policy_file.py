@@ -16,6 +16,7 @@ from ipe_emu.errors import KernelError
 from ipe_emu.event import File
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs, syscalls
+from ipe_emu.linux.mountinfo import Superblocks
 from ipe_securityfs.clients import describe
 
 #: More than any policy; kernel_read_file() would go to 2 GiB, which would only tie up memory here.
@@ -38,6 +39,7 @@ class PolicyFileReader:
     pid: int
     own_pid: int
     facts: FactsSource
+    superblocks: Superblocks
     own_device: int | None
 
     def __call__(self, path: bytes) -> tuple[File, bytes]:
@@ -90,7 +92,7 @@ class PolicyFileReader:
             raise KernelError(errno.EINVAL, f"{os.fsdecode(path)!r} is empty", "kernel_read_file")
         if status.st_size > MAX_FILE_SIZE:
             raise KernelError(errno.EFBIG, f"{os.fsdecode(path)!r} is too large for a policy", "kernel_read_file")
-        return describe(self.pid, fd, self.facts), _content(fd, status.st_size)
+        return describe(self.pid, fd, self.facts, self.superblocks), _content(fd, status.st_size)
 
 
 def _open_as(pid: int, path: bytes) -> int:

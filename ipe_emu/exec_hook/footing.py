@@ -53,10 +53,11 @@ class Footing:
     notes: tuple[str, ...] = ()
 
 
-def obtain(*, mountable_only: bool = False) -> Footing:
+def obtain(*, mountable_only: bool = False, own_files: bool = False) -> Footing:
     """Find out, and if need be enter a user namespace of our own. Must run before this process has threads.
 
     ``mountable_only``: what is to be seen inside includes a mount whose files cannot be shifted (an emulator's).
+    ``own_files``: the tree sees no file system of the host, so that there is nothing to shift.
     CannotEmulateError where the machine does not allow it.
     """
     if not capabilities.has(Capability.SYS_ADMIN):
@@ -71,7 +72,7 @@ def obtain(*, mountable_only: bool = False) -> Footing:
     reason = "the files of a mounted emulator"
     if not mountable_only:
         shifted = _make_user_namespace(_SHIFTED)
-        if _can_shift(shifted):
+        if own_files or _can_shift(shifted):
             return Footing(Kind.SHIFTED, shifted, _SHIFT)
         os.close(shifted)
         reason = "the files of the root directory's file system"

@@ -23,7 +23,8 @@ from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perfo
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
 from ipe_emu.exec_hook.traps import Handler, Trap
 from ipe_emu.integrity.sources import FactsSource
-from ipe_emu.linux import syscalls
+from ipe_emu.linux import mountinfo, syscalls
+from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.linux.ptrace import kill_at_exec
 from ipe_emu.linux.seccomp import Action, AnyBit, Listener, Notification, Rule
 from ipe_emu.linux.tracee import Tracee
@@ -110,9 +111,17 @@ class Observer(Protocol):
         """A call that the policy allows returned success, and was not carried out."""
 
 
-def rules(*, securityfs: bool, traps: Iterable[Trap] = ()) -> tuple[Rule, ...]:
-    """Return the rules of a rehearsed tree's filter; ``securityfs`` if one is emulated inside it."""
-    return (*_ALWAYS, *(_WITH_SECURITYFS if securityfs else ()), *(trap.rule for trap in traps))
+def rules(*, securityfs: bool, traps: Iterable[Trap] = (), absent: Iterable[str] = ()) -> tuple[Rule, ...]:
+    """Return the rules of a rehearsed tree's filter.
+
+    ``securityfs`` if one is emulated inside it; ``absent`` are calls that the tree's kernel shall not have.
+    """
+    return (
+        *(Rule(name, Action.ENOSYS) for name in absent),
+        *_ALWAYS,
+        *(_WITH_SECURITYFS if securityfs else ()),
+        *(trap.rule for trap in traps),
+    )
 
 
 class ExecHook:
@@ -134,6 +143,7 @@ class ExecHook:
         pid_depth: int = 1,
         securityfs: int | None = None,
         traps: Iterable[Trap] = (),
+        superblocks: Superblocks = mountinfo.OF_THIS_MACHINE,
     ) -> None:
         inherited = syscalls.call("personality", _ASK_PERSONALITY)
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
@@ -142,7 +152,7 @@ class ExecHook:
         self._facts = facts
         self._observer = observer
         self._machine = Machine(machine, pid_depth)
-        self._mounts = Mounts()
+        self._mounts = Mounts(superblocks)
         modules = Modules()
         handlers: dict[str, Handler] = {
             "execve": functools.partial(plan_execve, profile=judge.profile),

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.linux import mountinfo, procfs, syscalls
-from ipe_emu.linux.mountinfo import Location
+from ipe_emu.linux.mountinfo import Location, Superblocks
 
 # struct statx: stx_mask comes first, stx_mnt_id at 144.
 _STATX_SIZE: Final = 256
@@ -49,7 +49,8 @@ class Mount:
 class Mounts:
     """Mounts by the files on them. What was found is kept where the kernel gives mounts ids that are never reused."""
 
-    def __init__(self) -> None:
+    def __init__(self, superblocks: Superblocks = mountinfo.OF_THIS_MACHINE) -> None:
+        self._superblocks = superblocks
         self._known: dict[int, Mount] = {}
         self._locations: dict[tuple[int, int, bytes], Location | None] = {}
 
@@ -67,33 +68,32 @@ class Mounts:
         """
         mount, unique = self._of(pid, fd)
         if unique is None:
-            return mount, mountinfo.location(pid, mount.id, path)
+            return mount, self._superblocks.location(pid, mount.id, path)
         # The mount may move, and the file be renamed: then it has another path. Where both happen so that the path is
         # again the same, it is still the same file.
         key = (unique, ino, path)
         if key not in self._locations:
             if len(self._locations) >= _MOST_LOCATIONS:
                 self._locations.clear()
-            self._locations[key] = mountinfo.location(pid, mount.id, path)
+            self._locations[key] = self._superblocks.location(pid, mount.id, path)
         return mount, self._locations[key]
 
     def _of(self, pid: int, fd: int) -> tuple[Mount, int | None]:
         """Return a mount, and its id that is never reused."""
         mask, unique = _mount_id(fd, _STATX_MNT_ID_UNIQUE)
         if not mask & _STATX_MNT_ID_UNIQUE:  # before Linux 6.8
-            return _look_up(pid, fd), None
+            return self._look_up(pid, fd), None
         mount = self._known.get(unique)
         if mount is None:
-            mount = self._known[unique] = _look_up(pid, fd)
+            mount = self._known[unique] = self._look_up(pid, fd)
         return mount, unique
 
-
-def _look_up(pid: int, fd: int) -> Mount:
-    mask, mount_id = _mount_id(fd, _STATX_MNT_ID)
-    if not mask & _STATX_MNT_ID:
-        mount_id = procfs.mount_id("self", fd)  # before Linux 5.8
-    superblock = mountinfo.superblock_name(pid, mount_id, os.fstat(fd).st_dev) or _kernel_mount(fd)
-    return Mount(mount_id, superblock)
+    def _look_up(self, pid: int, fd: int) -> Mount:
+        mask, mount_id = _mount_id(fd, _STATX_MNT_ID)
+        if not mask & _STATX_MNT_ID:
+            mount_id = procfs.mount_id("self", fd)  # before Linux 5.8
+        superblock = self._superblocks.name_of(pid, mount_id, os.fstat(fd).st_dev) or _kernel_mount(fd)
+        return Mount(mount_id, superblock)
 
 
 def _kernel_mount(fd: int) -> str:

@@ -1,6 +1,7 @@
 """``ipe-emu run``: a command tree in a sandbox, under the exec hook, with the emulated securityfs in its place."""
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.errors import NotJudgedError, UserError
-from ipe_emu.exec_hook import footing, hook, mount_plan
+from ipe_emu.exec_hook import agent, footing, hook, mount_plan
 from ipe_emu.exec_hook.blueprint import Blueprint, Command
 from ipe_emu.exec_hook.emulators import Emulator, MountedEmulator, OwnEmulator
 from ipe_emu.exec_hook.footing import Footing, Kind
@@ -73,7 +74,7 @@ def run(options: RunOptions) -> int:
     report = Report()
     status = FAILED
     try:
-        with footing.own_pipes(standing), Sandbox(blueprint) as sandbox:
+        with footing.own_pipes(standing), _sandbox(blueprint) as sandbox:
             status = _supervise(sandbox, emulator, report)
     except SignalledError as interrupted:
         return interrupted.status
@@ -106,6 +107,10 @@ def _blueprint(
         rules=hook.rules(securityfs=True),
         command=command,
     )
+
+
+def _sandbox(blueprint: Blueprint) -> Sandbox:
+    return Sandbox(functools.partial(agent.main, blueprint=blueprint), blueprint.root, blueprint.command.blocked)
 
 
 def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:

@@ -4,15 +4,13 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from attrs import define, field, frozen
 
 from ipe_emu.errors import CannotEmulateError, IpeEmuError, NotJudgedError
-from ipe_emu.exec_hook import agent
-from ipe_emu.exec_hook.blueprint import Blueprint
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.linux import process
 from ipe_emu.linux.process import SignalDescriptor, SignalInfo
@@ -55,12 +53,17 @@ class Surroundings:
 class Sandbox:
     """A sandbox while it lives; leaving the context ends it, and everything in it.
 
-    The calls come in this order: ``fuse`` if the blueprint has a securityfs of its own, ``surroundings``,
+    The calls come in this order: ``fuse`` if it has a securityfs of its own, ``surroundings``,
     ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
     kernel refuses something: nothing of the command has run then.
+
+    ``be_agent`` is what the agent does, given its end of the channel and the supervisor's pid. ``root`` is the uid and
+    gid of the tree's root outside; ``blocked`` are the signals that were blocked when this process was started.
     """
 
-    _blueprint: Blueprint
+    _be_agent: Callable[[Channel, int], NoReturn]
+    _root: int
+    _blocked: Collection[signal.Signals]
     _channel: Channel = field(init=False)
     _agent: int = field(init=False)
     _agent_ended: int = field(init=False)
@@ -77,7 +80,7 @@ class Sandbox:
         self._agent = os.fork()
         if self._agent == 0:
             self._channel.close()
-            agent.main(theirs, supervisor, self._blueprint)
+            self._be_agent(theirs, supervisor)
         theirs.close()
         self._agent_ended = os.pidfd_open(self._agent)
         return self
@@ -93,7 +96,7 @@ class Sandbox:
         os.close(self._agent_ended)
         if self._command is not None:
             os.close(self._command)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blueprint.command.blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def kill(self) -> None:
         """Kill the agent, and with it the sandbox; from any thread."""
@@ -102,18 +105,18 @@ class Sandbox:
 
     def fuse(self) -> tuple[int, int]:
         """Wait for the securityfs; return the FUSE descriptor to serve, and an O_PATH one of the mount's root."""
-        fuse, root = self._expect("fuse").fds
+        fuse, root = self.expect("fuse").fds
         return fuse, root
 
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""
-        values = self._expect("ready").values
-        return Surroundings(values["user_namespace"], self._blueprint.root, values["securityfs"])
+        values = self.expect("ready").values
+        return Surroundings(values["user_namespace"], self._root, values["securityfs"])
 
     def listener(self) -> int:
         """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""
-        self._tell("filter")
-        return self._expect("listener").fds[0]
+        self.tell("filter")
+        return self.expect("listener").fds[0]
 
     def wait(self) -> int:
         """Start the command, wait for its end and return its status as a shell reports it: 128 + N for signal N.
@@ -121,9 +124,9 @@ class Sandbox:
         Passes signals on meanwhile, and stops this process when the command stops. NotJudgedError if the sandbox dies
         under the command.
         """
-        self._tell("start")
+        self.tell("start")
         while True:
-            message = self._next(self._pass_on)
+            message = self.next(self._pass_on)
             match message.kind:
                 case "command":
                     self._command = message.fds[0]
@@ -137,22 +140,30 @@ class Sandbox:
                 case _:
                     raise NotJudgedError(f"the sandbox failed: {message.values.get('why', message.kind)}")
 
-    def _tell(self, kind: str) -> None:
+    def tell(self, kind: str) -> None:
+        """Send a message that has no content."""
         with contextlib.suppress(BrokenPipeError):  # what follows finds out why
             self._channel.send(kind)
 
-    def _expect(self, kind: str) -> Message:
-        message = self._next(self._interrupt)
+    def expect(self, kind: str) -> Message:
+        """Wait for a message of one kind. CannotEmulateError if another one comes."""
+        message = self.next(self.interrupt)
         if message.kind != kind:
             raise CannotEmulateError(f"the sandbox cannot be made: {message.values.get('why', message.kind)}")
         return message
 
-    def _next(self, on_signal: Callable[[SignalInfo], None]) -> Message:
+    def next(self, on_signal: Callable[[SignalInfo], None], timeout: float | None = None) -> Message:
+        """Wait for the next message, and hand to ``on_signal`` the signals that come meanwhile.
+
+        NotJudgedError if the sandbox dies, TimeoutError if nothing happens for ``timeout`` seconds.
+        """
         poll = select.poll()
         for fd in (self._channel.fileno(), self._signals.fd, self._agent_ended):
             poll.register(fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
+            if not ready:
+                raise TimeoutError
             if self._signals.fd in ready:
                 for received in self._signals.pending():
                     on_signal(received)
@@ -164,7 +175,8 @@ class Sandbox:
             if self._agent_ended in ready:
                 raise NotJudgedError("the sandbox died: something killed its agent")
 
-    def _interrupt(self, received: SignalInfo) -> None:
+    def interrupt(self, received: SignalInfo) -> None:
+        """Give up at a signal that means that: SignalledError."""
         if received.signal in _INTERRUPTING:
             raise SignalledError(received.signal)
 

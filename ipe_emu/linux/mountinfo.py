@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from attrs import frozen
+from attrs import define, field, frozen
 
 from ipe_emu.linux import procfs
 
@@ -71,59 +71,79 @@ def of(pid: int | str) -> Mapping[int, MountEntry]:
     return _parse(procfs.read(pid, "mountinfo"))
 
 
-def location(pid: int, mount_id: int, path: bytes) -> Location | None:
-    """Return where a file lies on its file system; None if neither process ``pid`` nor an ancestor sees its mount.
+@define(eq=False)
+class Superblocks:
+    """What is known of the superblocks of a rehearsed machine beyond what /proc tells.
 
-    ``mount_id`` is the mount it was reached by. ``path`` is how /proc/self/fd of a process outside names it: from the
-    root of the mount namespace, whatever the root directory of ``pid``.
+    ``names`` are the names of those that stand for others (``s_id``), by their device number ``major:minor``;
+    ``mounts`` are mounts that processes may use and nobody sees, by their ids, their ``point`` counted from the root of
+    the mount namespace. Both may grow while they are used.
     """
-    found = _seen_by(pid, mount_id)
-    if found is None:
+
+    names: dict[str, str] = field(factory=dict)
+    mounts: dict[int, MountEntry] = field(factory=dict)
+
+    def location(self, pid: int, mount_id: int, path: bytes) -> Location | None:
+        """Return where a file lies on its file system; None if neither ``pid`` nor an ancestor sees its mount.
+
+        ``mount_id`` is the mount it was reached by. ``path`` is how /proc/self/fd of a process outside names it: from
+        the root of the mount namespace, whatever the root directory of ``pid``.
+        """
+        found = self._seen_by(pid, mount_id)
+        if found is None:
+            return None
+        mount, root = found
+        seen = _below(root, path)
+        within = None if seen is None else mount.within(b"/" + seen)
+        return None if within is None else Location(mount.device, within, mount.root)
+
+    def name_of(self, pid: int, mount_id: int, device: int) -> str | None:
+        """Return what audit records call the superblock of a mount that process ``pid`` uses (``s_id``).
+
+        Where nobody sees the mount, as with a detached one, any mount of the same file system will do (``device`` is
+        its st_dev). None if there is none.
+        """
+        found = self._seen_by(pid, mount_id)
+        if found is not None:
+            return self._name(found[0])
+        number = f"{os.major(device)}:{os.minor(device)}"
+        mounts = (mount for process in _with_ancestors(pid) for mount in of(process).values())
+        return next((self._name(mount) for mount in mounts if mount.device == number), None)
+
+    def _name(self, mount: MountEntry) -> str:
+        return self.names.get(mount.device) or mount.superblock_name
+
+    def _seen_by(self, pid: int, mount_id: int) -> tuple[MountEntry, bytes] | None:
+        """Return a mount, and the root directory that its ``point`` counts from.
+
+        A process sees the mounts below its root directory only. Where it changed that, an ancestor is asked, the last
+        of which is the first process of its pid namespace, or of ours.
+        """
+        known = self.mounts.get(mount_id)
+        if known is not None:
+            return known, b"/"
+        for process in _with_ancestors(pid):
+            mount = of(process).get(mount_id)
+            root = None if mount is None else _root_of(process)
+            if mount is not None and root is not None:
+                return mount, root
         return None
-    mount, root = found
-    seen = _below(root, path)
-    within = None if seen is None else mount.within(b"/" + seen)
-    return None if within is None else Location(mount.device, within, mount.root)
+
+
+#: Of this machine, where nothing stands for anything else.
+OF_THIS_MACHINE: Final = Superblocks()
 
 
 def locate(path: bytes) -> Location:
     """Return where an existing file lies; ``path`` is free of symbolic links. OSError if it cannot be told."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        found = location(os.getpid(), procfs.mount_id("self", fd), path)
+        found = OF_THIS_MACHINE.location(os.getpid(), procfs.mount_id("self", fd), path)
     finally:
         os.close(fd)
     if found is None:
         raise OSError(errno.EXDEV, "its mount cannot be seen", path)
     return found
-
-
-def superblock_name(pid: int, mount_id: int, device: int) -> str | None:
-    """Return what audit records call the superblock of a mount that process ``pid`` uses (``s_id``).
-
-    Where nobody sees the mount, as with a detached one, any mount of the same file system will do (``device`` is its
-    st_dev). None if there is none.
-    """
-    found = _seen_by(pid, mount_id)
-    if found is not None:
-        return found[0].superblock_name
-    number = f"{os.major(device)}:{os.minor(device)}"
-    mounts = (mount for process in _with_ancestors(pid) for mount in of(process).values())
-    return next((mount.superblock_name for mount in mounts if mount.device == number), None)
-
-
-def _seen_by(pid: int, mount_id: int) -> tuple[MountEntry, bytes] | None:
-    """Return a mount, and the root directory that its ``point`` counts from.
-
-    A process sees the mounts below its root directory only. Where it changed that, an ancestor is asked, the last of
-    which is the first process of its pid namespace, or of ours.
-    """
-    for process in _with_ancestors(pid):
-        mount = of(process).get(mount_id)
-        root = None if mount is None else _root_of(process)
-        if mount is not None and root is not None:
-            return mount, root
-    return None
 
 
 def _root_of(pid: int) -> bytes | None:

@@ -6,7 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -23,6 +23,14 @@ class Attribute(IntFlag):
     NODEV = 0x4
     NOEXEC = 0x8
     IDMAP = 0x100000
+
+
+class Propagation(IntEnum):
+    """Where mounts and unmounts below a mount spread to (mount_namespaces(7))."""
+
+    UNCHANGED = 0
+    SLAVE = 1 << 19
+    SHARED = 1 << 20
 
 
 _OPEN_TREE_CLONE: Final = 1
@@ -61,9 +69,19 @@ def attach(mount: int, path: Path) -> None:
     """Mount a detached mount on ``path``, following symlinks."""
     target = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        syscalls.call("move_mount", mount, b"", target, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+        attach_at(mount, target)
     finally:
         os.close(target)
+
+
+def attach_at(mount: int, target: int) -> None:
+    """Mount a detached mount on what ``target`` is open on (O_PATH), in this process's mount namespace."""
+    syscalls.call("move_mount", mount, b"", target, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+
+
+def detach(path: bytes) -> None:
+    """Unmount what is mounted on ``path``, with all below it, whoever uses it still (MNT_DETACH)."""
+    syscalls.call("umount2", path, _MNT_DETACH)
 
 
 def set_attributes(
@@ -71,6 +89,7 @@ def set_attributes(
     attributes: Attribute,
     *,
     clear: Attribute = Attribute.NONE,
+    propagation: Propagation = Propagation.UNCHANGED,
     recursive: bool = False,
     user_namespace: int = 0,
 ) -> None:
@@ -79,7 +98,7 @@ def set_attributes(
     ``user_namespace`` is the descriptor that Attribute.IDMAP wants.
     """
     at, path = (mount, b"") if isinstance(mount, int) else (AT_FDCWD, os.fsencode(mount))
-    packed = _MOUNT_ATTR.pack(attributes, clear, 0, user_namespace)
+    packed = _MOUNT_ATTR.pack(attributes, clear, propagation, user_namespace)
     syscalls.call("mount_setattr", at, path, AT_EMPTY_PATH | AT_RECURSIVE * recursive, packed, len(packed))
 
 
@@ -124,7 +143,7 @@ def pivot_root_into(directory: Path) -> None:
     os.chdir(directory)
     # The old root is stacked on the new one and then taken off: no directory is needed to put it in.
     syscalls.call("pivot_root", b".", b".")
-    syscalls.call("umount2", b".", _MNT_DETACH)
+    detach(b".")
     os.chdir("/")
 
 

@@ -14,8 +14,12 @@ class Namespace(IntFlag):
     """The kinds of namespaces, as unshare(2) and setns(2) want them (CLONE_NEW…)."""
 
     MOUNT = 0x00020000
+    CGROUP = 0x02000000
+    UTS = 0x04000000
+    IPC = 0x08000000
     USER = 0x10000000
     PID = 0x20000000
+    NET = 0x40000000
 
 
 def unshare(kinds: Namespace) -> None:

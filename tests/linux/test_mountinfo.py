@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipe_emu.linux import mountinfo, procfs
+from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 
 
 def mount_of(path: str) -> int:
@@ -20,9 +21,24 @@ def mount_of(path: str) -> int:
 
 def test_a_superblock_is_named_after_its_type_or_device() -> None:
     device = Path("/proc").stat().st_dev
-    assert mountinfo.superblock_name(os.getpid(), mount_of("/proc"), device) == "proc"
-    assert mountinfo.superblock_name(os.getpid(), 1 << 30, device) == "proc", "by any mount of that file system"
-    assert mountinfo.superblock_name(os.getpid(), 1 << 30, 0) is None
+    assert OF_THIS_MACHINE.name_of(os.getpid(), mount_of("/proc"), device) == "proc"
+    assert OF_THIS_MACHINE.name_of(os.getpid(), 1 << 30, device) == "proc", "by any mount of that file system"
+    assert OF_THIS_MACHINE.name_of(os.getpid(), 1 << 30, 0) is None
+
+
+def test_a_superblock_that_stands_for_another_has_its_name() -> None:
+    status = Path("/proc").stat()
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    machine = Superblocks(names={device: "dm-0"})
+    assert machine.name_of(os.getpid(), mount_of("/proc"), status.st_dev) == "dm-0"
+    assert machine.name_of(os.getpid(), 1 << 30, status.st_dev) == "dm-0"
+
+
+def test_a_mount_that_nobody_sees_can_be_known(tmp_path: Path) -> None:
+    hidden = mountinfo.MountEntry(1 << 30, "0:999", b"/", b"/", "tmpfs", b"rootfs")
+    machine = Superblocks({"0:999": "rootfs"}, {hidden.id: hidden})
+    assert machine.name_of(os.getpid(), hidden.id, 0) == "rootfs"
+    assert machine.location(os.getpid(), hidden.id, b"/bin/sh") == mountinfo.Location("0:999", b"/bin/sh", b"/")
 
 
 def test_where_a_file_lies(tmp_path: Path) -> None:
@@ -31,8 +47,8 @@ def test_where_a_file_lies(tmp_path: Path) -> None:
     found = mountinfo.locate(os.fsencode(file))
     below = os.fsencode(file.name)
     assert found.path.endswith(b"/" + below)
-    assert found == mountinfo.location(os.getpid(), mount_of(str(tmp_path)), os.fsencode(file))
-    assert mountinfo.location(os.getpid(), 1 << 30, os.fsencode(file)) is None
+    assert found == OF_THIS_MACHINE.location(os.getpid(), mount_of(str(tmp_path)), os.fsencode(file))
+    assert OF_THIS_MACHINE.location(os.getpid(), 1 << 30, os.fsencode(file)) is None
 
 
 @pytest.mark.needs("root")
@@ -65,7 +81,7 @@ def test_a_place_is_the_same_through_every_mount(tmp_path: Path) -> None:
         "for name in ('data dir/below/file', 'bind/file'):\n"
         "    path = os.fsencode(top / name)\n"
         "    fd = os.open(path, os.O_PATH)\n"
-        "    found = mountinfo.location(child, procfs.mount_id('self', fd), path)\n"
+        "    found = mountinfo.OF_THIS_MACHINE.location(child, procfs.mount_id('self', fd), path)\n"
         "    assert found is not None and found.path == expected, (name, found)\n"
     )
     root = Path(__file__).parent.parent.parent

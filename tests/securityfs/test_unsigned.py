@@ -13,6 +13,7 @@ import pytest
 
 from ipe_emu.integrity.facts import NO_FACTS
 from ipe_emu.integrity.sources import FactsSource
+from ipe_emu.linux.mountinfo import OF_THIS_MACHINE
 from ipe_securityfs.policy_file import PolicyFileReader
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, text
@@ -172,7 +173,7 @@ def test_nobody_writes_the_file_while_it_is_read(known: Path) -> None:
                 tried.append(error.errno)
             return NO_FACTS
 
-    reader = PolicyFileReader(os.getpid(), os.getpid(), cast("FactsSource", Facts()), None)
+    reader = PolicyFileReader(os.getpid(), os.getpid(), cast("FactsSource", Facts()), OF_THIS_MACHINE, None)
     assert reader(os.fsencode(file))[1] == b"content"
     assert tried == [errno.EWOULDBLOCK]
     os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
