@@ -38,6 +38,7 @@ from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
+from ipe_securityfs.beside import OpenFiles
 from ipe_securityfs.clients import (
     Credentials,
     Running,
@@ -53,7 +54,7 @@ from ipe_securityfs.clients import (
 )
 from ipe_securityfs.policy_file import PolicyFileReader
 from ipe_securityfs.position import FilePosition
-from ipe_securityfs.subtrees import ImageFile
+from ipe_securityfs.subtrees import ImageFile, TextFile
 from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
 
 Arguments = TypeVarTuple("Arguments")
@@ -146,7 +147,7 @@ class Operations(pyfuse3.Operations):
         self.mounted_as = mounted_as
         self._entries: dict[int, EntryAttributes] = {}
         self._handles: dict[int, _Handle] = {}
-        self._images: dict[int, ImageFile] = {}
+        self._beside = OpenFiles()
         self._directories: dict[int, _OpenDirectory] = {}
         self._last_handle = 0
         self._removing: dict[int, Directory] = {}
@@ -206,8 +207,8 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Keep what is set, as simple_setattr() does; truncation changes the size that stat shows, and nothing else."""
         node = self._node(inode)
-        if isinstance(node, ImageFile):
-            raise _refused(errno.EROFS, "images are for reading", "")
+        if isinstance(node, ImageFile | TextFile):
+            raise _refused(errno.EROFS, "this is for reading", "")
         attributes = node.attributes
         if fields.update_mode:
             attributes.mode = stat.S_IFMT(attributes.mode) | stat.S_IMODE(attr.st_mode)
@@ -320,7 +321,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         if not isinstance(node, File):
-            return self._open_image(node, flags)
+            return await self._open_beside(node, flags)
         if flags & os.O_DIRECT:
             raise _refused(errno.EINVAL, "O_DIRECT is unknown here", "do_dentry_open")
         if node.alias:
@@ -339,23 +340,19 @@ class Operations(pyfuse3.Operations):
         self._handles[fh] = handle
         return FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
-    def _open_image(self, node: Node, flags: FlagT) -> FileInfo:
-        if not isinstance(node, ImageFile):
-            # The kernel opens neither a directory nor a device here.
-            raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.ENXIO)
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise _refused(errno.EROFS, "images are for reading", "")
+    async def _open_beside(self, node: Node, flags: FlagT) -> FileInfo:
         fh = self._next_handle()
-        self._images[fh] = node
-        return FileInfo(fh=fh, keep_cache=True)
-
-    async def _read_image(self, fh: FileHandleT, offset: int, size: int) -> bytes:
-        """Read in another thread: the image may lie on a file system that this very thread has a part in."""
-        image = self._images[fh]
         try:
-            return await trio.to_thread.run_sync(image.content.read, offset, size)
+            kept = await self._beside.open(fh, node, flags)
         except Exception as error:
-            raise _as_fuse(error, image) from None
+            raise _as_fuse(error, node) from None
+        return FileInfo(fh=fh, direct_io=not kept, keep_cache=kept)
+
+    async def _read_beside(self, fh: FileHandleT, offset: int, size: int) -> bytes:
+        try:
+            return await self._beside.read(fh, offset, size)
+        except Exception as error:
+            raise _as_fuse(error, self._beside.node(fh)) from None
 
     def _show_size(self, node: File) -> None:
         """Tell the kernel how long a node is that is being opened for reading.
@@ -382,7 +379,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         handle = self._handles.get(fh)
         if handle is None:
-            return await self._read_image(fh, off, size)
+            return await self._read_beside(fh, off, size)
         node = handle.node
         if node.read is None:
             _end_size(handle)
@@ -432,7 +429,7 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         handle = self._handles.pop(fh, None)
         if handle is None:
-            del self._images[fh]
+            self._beside.release(fh)
         elif handle.shows_size:
             handle.node.readers -= 1
 

@@ -1,4 +1,4 @@
-"""What one FUSE session serves beside the securityfs: verified image files, and device nodes.
+"""What one FUSE session serves beside the securityfs: verified image files, device nodes, and texts as in /proc.
 
 pyfuse3 serves one session per process, so that whatever else is to be seen as a file is a subtree of this one. Only
 clones of single directories and files are mounted where a rehearsed tree can see them.
@@ -6,6 +6,7 @@ clones of single directories and files are mounted where a rehearsed tree can se
 
 import stat
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from attrs import define
@@ -15,6 +16,7 @@ from ipe_securityfs.tree import Attributes, Directory, Node, Tree
 #: The names of the directories in the file system's root.
 IMAGES = b"images"
 DEVICES = b"devices"
+TEXTS = b"texts"
 
 
 class Content(Protocol):
@@ -40,6 +42,16 @@ class DeviceNode(Node):
     """A block or character device as stat(2) shows it. What opening it means is for who traps open(2) to say."""
 
 
+@define(eq=False)
+class TextFile(Node):
+    """A file as those of /proc: everybody may read it, its size is 0, and each open sees the text of that moment.
+
+    ``text`` is called in any thread.
+    """
+
+    text: Callable[[], bytes]
+
+
 class Subtrees:
     """Puts nodes beside the securityfs of a tree that was made with ``beside_others``; from any thread."""
 
@@ -47,6 +59,7 @@ class Subtrees:
         self._tree = tree
         self.images = self._directory(IMAGES, 0o700)
         self.devices = self._directory(DEVICES, 0o755)
+        self.texts = self._directory(TEXTS, 0o755)
 
     def add_image(self, name: bytes, content: Content) -> ImageFile:
         """Serve an image as ``images/NAME``. FileExistsError if there is one of that name."""
@@ -65,6 +78,13 @@ class Subtrees:
         attributes = _attributes(mode)
         attributes.rdev = number
         node = DeviceNode(self._tree.new_ino(), attributes, self.devices, name)
+        self._tree.add(node)
+        return node
+
+    def add_text(self, name: bytes, text: Callable[[], bytes]) -> TextFile:
+        """Serve a text as ``texts/NAME``. FileExistsError if there is one of that name."""
+        node = TextFile(self._tree.new_ino(), _attributes(stat.S_IFREG | 0o444), self.texts, name, text)
+        node.permanent = node.constant = True
         self._tree.add(node)
         return node
 

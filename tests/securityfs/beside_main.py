@@ -1,10 +1,12 @@
 """A FUSE session that serves more than the securityfs, for tests: ``python beside_main.py DIRECTORY IMAGE...``.
 
-Each IMAGE is a file that becomes images/NAME; reading the bytes ``BAD`` in it fails as a corrupted block does. Says
+Each IMAGE is a file that becomes images/NAME; reading the bytes ``BAD`` in it fails as a corrupted block does. The text
+texts/count says how often it was opened. Says
 ``ready`` on stdout, and adds or removes a node for each line on stdin (``add NAME`` or ``remove NAME``).
 """
 
 import errno
+import itertools
 import os
 import stat
 import sys
@@ -48,6 +50,8 @@ def main() -> None:
     assert subtrees is not None
     for image in images:
         subtrees.add_image(Path(image).name.encode(), Content(Path(image).read_bytes()))
+    count = itertools.count(1)
+    subtrees.add_text(b"count", lambda: b"%d\n" % next(count))
     nodes = {}
 
     def obey() -> None:

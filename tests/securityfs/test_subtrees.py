@@ -56,7 +56,7 @@ def refusal(number: int) -> "pytest.RaisesExc[OSError]":
 
 
 def test_the_securityfs_is_one_directory(beside: Beside) -> None:
-    assert sorted(path.name for path in beside.place.iterdir()) == ["devices", "images", "security"]
+    assert sorted(path.name for path in beside.place.iterdir()) == ["devices", "images", "security", "texts"]
     assert sorted(path.name for path in (beside.place / "security").iterdir()) == ["ipe", "lsm"]
     assert (beside.place / "security/ipe/enforce").read_bytes() == b"1"
     (beside.place / "security/ipe/enforce").write_bytes(b"0")
@@ -90,6 +90,18 @@ def test_only_the_read_of_what_is_bad_fails(beside: Beside) -> None:
         assert os.pread(fd, PAGE, 128 * PAGE) == b"b" * 3
     finally:
         os.close(fd)
+
+
+def test_a_text_is_that_of_the_moment_it_was_opened(beside: Beside) -> None:
+    text = beside.place / "texts/count"
+    assert (text.stat().st_size, text.stat().st_mode) == (0, stat.S_IFREG | 0o444)
+    with text.open() as first, text.open() as second:
+        numbers = [int(first.read()), int(second.read())]
+        assert numbers[1] == numbers[0] + 1
+        first.seek(0)
+        assert int(first.read()) == numbers[0]
+    with refusal(errno.EROFS):
+        os.open(text, os.O_WRONLY)
 
 
 def test_device_nodes_come_and_go(beside: Beside) -> None:
