@@ -41,6 +41,12 @@ class Opener:
     """
 
     cap_mac_admin: bool
+
+
+@frozen
+class Login:
+    """The login user id and the session id of a task (``audit_get_loginuid()``, ``audit_get_sessionid()``)."""
+
     auid: int = audit.UNSET_ID
     ses: int = audit.UNSET_ID
 
@@ -49,13 +55,20 @@ def _no_executable() -> None:
     return None
 
 
+def _no_login() -> Login:
+    return Login()
+
+
 def _no_file(_path: bytes) -> NoReturn:
     raise KernelError(errno.EACCES, "this writer cannot have a policy file read for it", "kernel_read_file_from_path")
 
 
 @frozen
 class Writer:
-    """Who writes to a node, and what op=POLICY may want to know of it.
+    """Who writes to a node, and what audit records and op=POLICY may want to know of it.
+
+    ``login`` gives what records of changes name: of the task that writes, whoever opened the node (``current`` in
+    security/ipe/audit.c). It is called while that waits, and only if there is a record.
 
     ``executable`` gives the program that writes (``mm->exe_file``), or None where it cannot be established, which no
     rule admits. ``read_policy_file`` opens a path as the writer would and gives the file and its content; it raises
@@ -66,6 +79,7 @@ class Writer:
     subject: Subject
     executable: Callable[[], File | None] = _no_executable
     read_policy_file: Callable[[bytes], tuple[File, bytes]] = _no_file
+    login: Callable[[], Login] = _no_login
 
 
 @frozen
@@ -236,7 +250,7 @@ class Ipe:
         with self._policy_lock:
             old = self.enforce
             if value != old:
-                by = writer.opener
+                by = writer.login()
                 for record in audit.enforce_change(new=value, old=old, auid=by.auid, ses=by.ses):
                     self.emit(record)
                 self.enforce = value
@@ -417,16 +431,16 @@ class Ipe:
     # -- audit of policies ------------------------------------------------------------------------------------------
 
     def _audit_load(self, content: _Content, writer: Writer) -> None:
-        by = writer.opener
+        by = writer.login()
         self.emit(audit.policy_load(content.audited, auid=by.auid, ses=by.ses, with_errno=self.profile.audits_errno))
 
     def _load_failed(self, error: KernelError, writer: Writer) -> None:
         if self.profile.audits_failed_loads:
-            by = writer.opener
+            by = writer.login()
             self.emit(audit.policy_load_failed(error.errno, auid=by.auid, ses=by.ses))
 
     def _audit_activation(self, old: _Content | None, new: _Content, writer: Writer) -> None:
-        by = writer.opener
+        by = writer.login()
         before = old.audited if old else None
         self.emit(audit.policy_activation(before, new.audited, auid=by.auid, ses=by.ses))
 

@@ -12,7 +12,7 @@ from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.keyring import Keyrings
-from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, PolicyAdded, PolicyRemoved, Writer, kstrtobool
+from ipe_emu.lsm import WRITE_LIMIT, Ipe, Login, Opener, PolicyAdded, PolicyRemoved, Writer, kstrtobool
 from ipe_emu.policy.rule import Operation
 from ipe_emu.profiles import PROFILES
 
@@ -234,3 +234,20 @@ def test_kstrtobool(written: bytes, value: bool) -> None:
 @pytest.mark.parametrize("written", [b"", b"2", b" 1", b"\0001", b"o", b"o\0n", b"ox", b"\n"])
 def test_kstrtobool_refuses(written: bytes) -> None:
     assert errno_of(lambda: kstrtobool(written)) == errno.EINVAL
+
+
+def test_records_name_the_login_of_the_writer_and_nobody_else_asks() -> None:
+    """Who opened the node does not matter: the kernel's records name ``current``."""
+    ipe, records = machine()
+    asked: list[Login] = []
+
+    def login() -> Login:
+        asked.append(Login(auid=1000, ses=3))
+        return asked[-1]
+
+    by = evolve(writer(), login=login)
+    ipe.setenforce(b"1", by)
+    assert not asked
+    ipe.setenforce(b"0", by)
+    assert len(asked) == 1
+    assert b"auid=1000 ses=3" in records[0].text

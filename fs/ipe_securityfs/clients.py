@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
-from ipe_emu.linux import mountinfo, procfs, syscalls
+from ipe_emu.linux import capabilities, mountinfo, procfs, syscalls
+from ipe_emu.linux.capabilities import Capability
 from ipe_emu.linux.mountinfo import Superblocks
-from ipe_emu.lsm import Opener
+from ipe_emu.lsm import Login, Opener
 
+_MAC_ADMIN_BIT: Final = 1 << Capability.MAC_ADMIN
 #: The calls whose data comes from the caller's memory, and where their arguments say so.
 _FROM_BUFFER: Final = frozenset({"write", "pwrite64"})
 _FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
@@ -43,26 +45,38 @@ class Credentials:
 
     user_namespaces: frozenset[int]
     assume_for_uid: int | None = None
+    _links: frozenset[str] = field(init=False)
+
+    @_links.default
+    def _links_of_namespaces(self) -> frozenset[str]:
+        return frozenset(procfs.namespace_link("user", number) for number in self.user_namespaces)
 
     def opener(self, tid: int) -> Opener:
         """Sample the credentials that ``file_ns_capable()`` will look at. What cannot be read is no capability."""
-        if tid <= 0:  # outside this pid namespace: nothing can be known of it
-            return Opener(cap_mac_admin=False)
-        try:
-            auid, ses = procfs.login_ids(tid)
-        except (OSError, ValueError):
-            return Opener(cap_mac_admin=False)
-        return Opener(cap_mac_admin=self._has_mac_admin(tid), auid=auid, ses=ses)
+        return _MAC_ADMIN if tid > 0 and self._has_mac_admin(tid) else WITHOUT_CAPABILITY
 
     def _has_mac_admin(self, tid: int) -> bool:
         try:
-            if procfs.namespace(tid, "user") not in self.user_namespaces:
+            if procfs.read_namespace_link(tid, "user") not in self._links:
                 return False
-            if procfs.effective_capabilities(tid) >> procfs.CAP_MAC_ADMIN & 1:
+            if capabilities.effective(tid) & _MAC_ADMIN_BIT:
                 return True
             return self.assume_for_uid is not None and procfs.credentials(tid).fsuid == self.assume_for_uid
         except (OSError, ValueError):
             return False
+
+
+#: What any opener is, for all that the model asks of it. A thread with the number 0 is outside this pid namespace.
+WITHOUT_CAPABILITY: Final = Opener(cap_mac_admin=False)
+_MAC_ADMIN: Final = Opener(cap_mac_admin=True)
+
+
+def login_of(tid: int) -> Login:
+    """Return what audit records name of a thread; unset where it cannot be read."""
+    try:
+        return Login(*procfs.login_ids(tid))
+    except (OSError, ValueError):
+        return Login()
 
 
 @frozen
@@ -138,11 +152,11 @@ class WaitingWrite:
         return b"".join(pieces)
 
 
-def waits_in_plain_write(tid: int, ino: int, length: int) -> bool:
+def waits_in_plain_write(tid: int, ino: int, length: int, read: procfs.ReadRecord) -> bool:
     """Whether a thread waits in a write of exactly so many bytes from its memory; the quick case of ``find_write``."""
     try:
-        fd = procfs.waits_in(tid, _PLAIN_WRITES, length)
-        return fd is not None and procfs.descriptor_inode(tid, fd) == ino
+        fd = procfs.waits_in(tid, _PLAIN_WRITES, length, read)
+        return fd is not None and procfs.descriptor_inode(tid, fd, read) == ino
     except OSError:
         return False
 

@@ -81,6 +81,7 @@ class Session:
             trio.run(self._serve, ready, stop_on)
         finally:
             pyfuse3.close(unmount=self._is_directory)
+            self._operations.close()
 
     def stop(self) -> None:
         """End ``run``, from any thread; harmless when it has ended."""

@@ -6,12 +6,14 @@ Every errno that looks odd here is securityfs's own answer; the function that gi
 # ruff: noqa: ARG002, D102 - names, order and meaning of these arguments are pyfuse3's
 
 import errno
+import functools
 import logging
 import os
 import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from mmap import PAGESIZE
 from typing import Final, TypeVar, TypeVarTuple
 
 import pyfuse3
@@ -40,6 +42,7 @@ from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
 from ipe_securityfs.beside import OpenFiles
 from ipe_securityfs.clients import (
+    WITHOUT_CAPABILITY,
     Credentials,
     Running,
     Segment,
@@ -47,6 +50,7 @@ from ipe_securityfs.clients import (
     WaitingWrite,
     executable_of,
     find_write,
+    login_of,
     reads_at_position,
     same_call,
     subject_of,
@@ -77,8 +81,6 @@ _PAGE: Final = 4096
 _AS_LONG_AS_MOUNTED: Final = 1e6
 _ONLY_HEADER: Final = re.compile(rb"\s*policy_name=\S+[ \t]+policy_version=\S+\s*")
 _NOBODY: Final = Subject(0, b"?")
-#: For descriptors that cannot write: no credentials are sampled for them.
-_READER: Final = Writer(Opener(cap_mac_admin=False), _NOBODY)
 
 
 @frozen
@@ -112,7 +114,7 @@ class _Rest:
 
 @define(eq=False)
 class _Handle:
-    """One open file description: ``writer`` carries the credentials it was opened with.
+    """One open file description: ``tid`` opened it, with the credentials ``opener``.
 
     ``shows_size`` is for those whose reader might still use sendfile(2), ``position`` for those that can both read and
     write.
@@ -120,7 +122,7 @@ class _Handle:
 
     node: File
     tid: int
-    writer: Writer
+    opener: Opener
     position: FilePosition | None
     shows_size: bool = False
     rest: _Rest | None = None
@@ -151,6 +153,11 @@ class Operations(pyfuse3.Operations):
         self._directories: dict[int, _OpenDirectory] = {}
         self._last_handle = 0
         self._removing: dict[int, Directory] = {}
+        self._kept = procfs.KeptRecords()
+
+    def close(self) -> None:
+        """Let go of what was kept open, at the end of the session."""
+        self._kept.close()
 
     # -- names and attributes --------------------------------------------------------------------------------------
 
@@ -329,16 +336,18 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             node.attributes.size = 0
         access = flags & os.O_ACCMODE
-        writer = _READER if access == os.O_RDONLY else Writer(self.mounted_as.credentials.opener(ctx.pid), _NOBODY)
+        # A descriptor that cannot write needs no credentials: no handler of a read asks for any.
+        reads = access == os.O_RDONLY
+        opener = WITHOUT_CAPABILITY if reads else self.mounted_as.credentials.opener(ctx.pid)
         both = access == os.O_RDWR and node.read is not None and node.write is not None
-        handle = _Handle(node, ctx.pid, writer, FilePosition() if both else None)
-        if access == os.O_RDONLY and self.mounted_as.size_trick:
+        handle = _Handle(node, ctx.pid, opener, FilePosition() if both else None)
+        if reads and self.mounted_as.size_trick:
             self._show_size(node)
             handle.shows_size = True
             node.readers += 1
         fh = self._next_handle()
         self._handles[fh] = handle
-        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+        return FileInfo(fh=fh, direct_io=True)
 
     async def _open_beside(self, node: Node, flags: FlagT) -> FileInfo:
         fh = self._next_handle()
@@ -382,7 +391,7 @@ class Operations(pyfuse3.Operations):
             return await self._read_beside(fh, off, size)
         node = handle.node
         if node.read is None:
-            _end_size(handle)
+            _end_size(handle, off, size, _PAGE)
             raise _refused(errno.EINVAL, f"{node.path} cannot be read", "vfs_read")
         position = handle.position
         if position is not None and not await self._reads_at_position(handle):
@@ -390,14 +399,14 @@ class Operations(pyfuse3.Operations):
         try:
             content = node.read()
         except Exception as error:
-            _end_size(handle)
+            _end_size(handle, off, size, _PAGE)
             raise _as_fuse(error, node) from None
         start = off if position is None else position.of_read(off)
         data = content[start : start + size]
         if position is not None:
             position.has_read(len(data))
         if start + size >= len(content):
-            _end_size(handle)
+            _end_size(handle, off, size, len(content))
         return data
 
     async def _reads_at_position(self, handle: _Handle) -> bool:
@@ -421,8 +430,17 @@ class Operations(pyfuse3.Operations):
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
+        node = handle.node
         try:
-            return await self._write(handle, off, buf)
+            # Nearly every write is a boolean by its node's opener, and must be quick.
+            if node.write is None or not self._is_plain(handle, len(buf)):
+                return await self._write(handle, off, buf)
+            writer = _writer_in(handle, handle.tid)
+            if node.waits:
+                await self._judge(node, buf, writer)
+            else:
+                node.write(buf, writer)
+            return len(buf)
         except Exception as error:
             raise _as_fuse(error, handle.node) from None
 
@@ -438,6 +456,13 @@ class Operations(pyfuse3.Operations):
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
+    def _is_plain(self, handle: _Handle, length: int) -> bool:
+        """Whether the opener waits in a write(2) of a boolean, and of nothing else."""
+        node = handle.node
+        if node.takes_policy or handle.position is not None or handle.rest is not None:
+            return False
+        return waits_in_plain_write(handle.tid, node.ino, length, self._kept.record)
+
     async def _write(self, handle: _Handle, offset: int, data: bytes) -> int:
         node = handle.node
         if node.write is None:
@@ -447,16 +472,17 @@ class Operations(pyfuse3.Operations):
             taken = _take_from_rest(handle, rest, len(data))
             _move(handle, rest.write, offset + taken)
             return taken
-        if not node.takes_policy and handle.position is None and waits_in_plain_write(handle.tid, node.ino, len(data)):
-            await self._judge(handle, data, None)  # nearly every write is this one, and it must be quick
-            return len(data)
         unsigned = node.takes_policy and self._ipe.profile.unsigned_policies and data[:1] != b"\x30"
         write = await self._who_writes(handle, data, compare=unsigned)
+        if unsigned and write is not None:
+            writer = self._program_in(handle, write)
+        else:
+            writer = _writer_in(handle, handle.tid if write is None else write.tid)
         if write is None or (write.count == len(data) and len(write.segments) == 1):
-            await self._judge(handle, data, write if unsigned else None)
+            await self._judge(node, data, writer)
             _move(handle, write, offset + len(data))
             return len(data)
-        done = await self._write_segments(handle, data, write, unsigned=unsigned)
+        done = await self._write_segments(handle, data, write, writer)
         if done > len(data) and write.goes_on_after(len(data)):
             handle.rest = _Rest(write, offset + len(data), done - len(data))
         taken = min(done, len(data))
@@ -476,12 +502,12 @@ class Operations(pyfuse3.Operations):
         if write is not None and write.has_flags:
             raise KernelError(errno.EOPNOTSUPP, "securityfs knows no flags of pwritev2", "do_loop_readv_writev")
         if write is None:
-            if not handle.writer.opener.cap_mac_admin:
+            if not handle.opener.cap_mac_admin:
                 return None
             error = KernelError(errno.EACCES, _why_not_seen(handle.tid), "")
             log.warning("%s: write refused: %s", handle.node.path, error.reason)
             if handle.node.takes_policy:
-                self._ipe.refuse_load(error, handle.writer)
+                self._ipe.refuse_load(error, _writer_in(handle, handle.tid))
             raise error
         return write
 
@@ -506,7 +532,7 @@ class Operations(pyfuse3.Operations):
             pause = min(pause * 2, _LONGEST_PAUSE)
         return None
 
-    async def _write_segments(self, handle: _Handle, data: bytes, write: WaitingWrite, *, unsigned: bool) -> int:
+    async def _write_segments(self, handle: _Handle, data: bytes, write: WaitingWrite, writer: Writer) -> int:
         """Write each segment of a vector on its own (``do_loop_readv_writev()``), and all of a call that FUSE cut.
 
         The whole call is judged with its first piece, from the writer's memory, as the kernel copies it in whole.
@@ -523,7 +549,7 @@ class Operations(pyfuse3.Operations):
                     content = await self._copied_in(handle, write, segment)
                 else:
                     content = data[done : done + segment.length]
-                await self._judge(handle, content, write if unsigned else None)
+                await self._judge(handle.node, content, writer)
             except KernelError:
                 if done:
                     break
@@ -539,21 +565,20 @@ class Operations(pyfuse3.Operations):
             return await _from_writer(procfs.copy_from_user, write.tid, segment.address, wanted)
         except KernelError as error:
             refused = error
-            if not handle.writer.opener.cap_mac_admin:  # every handler asks that first
+            if not handle.opener.cap_mac_admin:  # every handler asks that first
                 refused = KernelError(errno.EPERM, "the node was opened without CAP_MAC_ADMIN", handle.node.path)
             if takes_policy:
-                self._ipe.refuse_load(refused, handle.writer)
+                self._ipe.refuse_load(refused, _writer_in(handle, write.tid))
             raise refused from None
 
-    async def _judge(self, handle: _Handle, content: bytes, write: WaitingWrite | None) -> None:
-        """Put what was written to the model; ``write`` is given where it matters who writes."""
-        node = handle.node
+    async def _judge(self, node: File, content: bytes, writer: Writer) -> None:
+        """Put what was written to the model."""
         assert node.write is not None  # noqa: S101 - asked in _write
         if not node.takes_policy:
             if node.waits:
-                await trio.to_thread.run_sync(node.write, content, handle.writer)
+                await trio.to_thread.run_sync(node.write, content, writer)
             else:
-                node.write(content, handle.writer)
+                node.write(content, writer)
             if node.removed and node.parent is not None:
                 await self._remove_through_mount(node.parent)
             return
@@ -563,18 +588,19 @@ class Operations(pyfuse3.Operations):
                 " printf of bash write line by line: use cat FILE > NODE, or dd bs=64k",
                 node.path,
             )
-        writer = handle.writer if write is None else self._writer_of(handle, write)
         await trio.to_thread.run_sync(node.write, content, writer)
 
-    def _writer_of(self, handle: _Handle, write: WaitingWrite) -> Writer:
+    def _program_in(self, handle: _Handle, write: WaitingWrite) -> Writer:
+        """Return a writer of an unsigned policy, of whom it matters which program it is."""
         try:
             subject = subject_of(write.tid, self.mounted_as.pid_level)
         except (OSError, ValueError, LookupError) as error:
             raise KernelError(errno.EACCES, f"which process writes cannot be established: {error}", "") from None
         facts, superblocks = self.mounted_as.facts, self.mounted_as.superblocks
         return Writer(
-            handle.writer.opener,
+            handle.opener,
             subject,
+            login=functools.partial(login_of, write.tid),
             executable=lambda: executable_of(write.tid, facts, superblocks),
             read_policy_file=PolicyFileReader(write.tid, subject.pid, facts, superblocks, self.mounted_as.device),
         )
@@ -634,6 +660,11 @@ async def _from_writer(read: Callable[[*Arguments], Value], *arguments: *Argumen
         raise KernelError(errno.EACCES, f"the writer's memory cannot be read: {error}", "") from None
 
 
+def _writer_in(handle: _Handle, tid: int) -> Writer:
+    """Return a writer, of whom it is known that ``tid`` is the thread that waits."""
+    return Writer(handle.opener, _NOBODY, login=functools.partial(login_of, tid))
+
+
 def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
     taken = min(length, rest.remaining)
     if rest.remaining > taken:
@@ -646,17 +677,27 @@ def _move(handle: _Handle, write: WaitingWrite | None, end: int) -> None:
         handle.position.has_written(end)
 
 
-def _end_size(handle: _Handle) -> None:
-    """Show the size no longer if it was read(2) that came to the end: nothing is left to be spliced then."""
+def _end_size(handle: _Handle, offset: int, size: int, shown: int) -> None:
+    """Show the size no longer if it was read(2) that came to the end: nothing is left to be spliced then.
+
+    The request is ``size`` bytes at ``offset``, of a node whose size shows as ``shown``. What splices fills whole pages
+    of the page cache, and none beyond the end (``filemap_get_pages()``): any other request is that of a read(2).
+    """
     if not handle.shows_size:
         return
-    try:
-        if reads_at_position(handle.tid, handle.node.ino) is None:
-            return
-    except (OSError, Running):
+    in_pages = not (size % PAGESIZE or offset % PAGESIZE) and offset + size <= shown + PAGESIZE - 1
+    if in_pages and not _is_read(handle):
         return
     handle.shows_size = False
     handle.node.readers -= 1
+
+
+def _is_read(handle: _Handle) -> bool:
+    """Whether the opener is seen in a read(2) of the node, or one of its kin."""
+    try:
+        return reads_at_position(handle.tid, handle.node.ino) is not None
+    except (OSError, Running):
+        return False
 
 
 def _content(node: File) -> bytes | None:

@@ -1,5 +1,6 @@
-"""Capabilities of this process (capabilities(7)): which it has, in its own user namespace."""
+"""Which capabilities a thread has, in its own user namespace (capabilities(7))."""
 
+import ctypes
 import struct
 from enum import IntEnum
 from typing import Final
@@ -17,15 +18,17 @@ class Capability(IntEnum):
 _VERSION_3: Final = 0x20080522
 _HEADER: Final = struct.Struct("=Ii")
 #: Two words of each set, the low one first: effective, permitted, inheritable.
-_DATA: Final = struct.Struct("=6I")
+_Sets = ctypes.c_uint32 * 6
 
 
-def effective() -> int:
-    """Return the calling thread's effective set, as a mask of bits ``1 << Capability``."""
-    data = syscalls.writable(_DATA.size)
-    syscalls.call("capget", _HEADER.pack(_VERSION_3, 0), data)
-    low, _, _, high, _, _ = _DATA.unpack(data.raw)
-    return int(low | high << 32)
+def effective(tid: int = 0) -> int:
+    """Return a thread's effective set, as a mask of bits ``1 << Capability``; 0 is the calling thread.
+
+    OSError ESRCH if there is no such thread, EPERM where a security module hides its set.
+    """
+    sets = _Sets()
+    syscalls.call("capget", _HEADER.pack(_VERSION_3, tid), sets)
+    return sets[0] | sets[3] << 32
 
 
 def has(capability: Capability) -> bool:

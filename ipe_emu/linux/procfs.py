@@ -7,7 +7,7 @@ read: ENOENT or ESRCH where the task is gone, EACCES or EPERM where this process
 import errno
 import os
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from attrs import frozen
@@ -16,8 +16,10 @@ from ipe_emu.linux import syscalls
 
 #: Longer than any file of /proc that is read whole here; those of the kernel end well below.
 _CHUNK: Final = 1 << 16
-
-CAP_MAC_ADMIN: Final = 33
+#: Longer than nearly every record.
+_RECORD: Final = 4096
+#: How many files of one thread are kept open.
+_MOST_KEPT: Final = 8
 
 
 @frozen
@@ -53,7 +55,10 @@ class SystemCall:
 
 
 def read(pid: int | str, name: str) -> bytes:
-    """Return the whole content of /proc/PID/``name``, which comes in pieces of as many lines as fit into a page."""
+    """Return the whole content of /proc/PID/``name``, which comes in pieces of as many lines as fit into a page.
+
+    See ``record`` for the files that have but one piece.
+    """
     fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         pieces = []
@@ -64,9 +69,61 @@ def read(pid: int | str, name: str) -> bytes:
         os.close(fd)
 
 
+def record(pid: int | str, name: str) -> bytes:
+    """Return the whole content of a /proc/PID/``name`` that the kernel makes as one record, however long.
+
+    Such are status, comm, syscall, loginuid, sessionid and fdinfo/N (``single_open()``, ``simple_read_from_buffer()``).
+    A read of them that is not filled has come to the end, so that one is enough.
+    """
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, _RECORD)
+        if len(data) == _RECORD:
+            while piece := os.read(fd, _CHUNK):
+                data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
+#: Reads one record, as ``record`` does.
+ReadRecord = Callable[[int, str], bytes]
+
+
+class KeptRecords:
+    """``record``, for somebody who looks at the same thread again and again: its files stay open, a look is one call.
+
+    An open file of /proc/TID is that thread's for good. When the thread has ended it gives nothing more, whoever has
+    its number then. To be used by one thread, which sees no more of a record than its first 4,096 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._tid = 0
+        self._open: dict[str, int] = {}
+
+    def record(self, tid: int, name: str) -> bytes:
+        """Return a record of /proc/TID; see ``ReadRecord``."""
+        if tid != self._tid or len(self._open) > _MOST_KEPT:
+            self.close()
+            self._tid = tid
+        fd = self._open.get(name)
+        if fd is not None:
+            try:
+                return os.pread(fd, _RECORD, 0)
+            except OSError:  # it has ended, or closed what this is about; or another has its number
+                os.close(self._open.pop(name))
+        fd = self._open[name] = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(fd, _RECORD, 0)
+
+    def close(self) -> None:
+        """Let go of every file."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
 def credentials(pid: int) -> Credentials:
     """Return the credentials of a task."""
-    status = read(pid, "status")
+    status = record(pid, "status")
     uid, euid, _, fsuid = map(int, _field(status, b"Uid").split())
     gid, egid, _, fsgid = map(int, _field(status, b"Gid").split())
     return Credentials(
@@ -82,11 +139,6 @@ def credentials(pid: int) -> Credentials:
     )
 
 
-def effective_capabilities(pid: int) -> int:
-    """Return the effective capabilities of a task alone, as a mask; quicker than ``credentials``."""
-    return int(_field(read(pid, "status"), b"CapEff"), 16)
-
-
 def _field(status: bytes, name: bytes) -> bytes:
     # The name of the task comes first, with its newlines escaped: no other line begins as these do.
     start = status.index(b"\n" + name + b":\t") + len(name) + 3
@@ -95,7 +147,7 @@ def _field(status: bytes, name: bytes) -> bytes:
 
 def process_ids(pid: int) -> tuple[int, ...]:
     """Return the number of a task's process in this pid namespace, and then in each one further down it is in."""
-    status = read(pid, "status")
+    status = record(pid, "status")
     try:
         return tuple(map(int, _field(status, b"NStgid").split()))
     except ValueError:  # a kernel without pid namespaces
@@ -104,7 +156,7 @@ def process_ids(pid: int) -> tuple[int, ...]:
 
 def comm(pid: int) -> bytes:
     """Return the name of a task as audit records give it (``comm``, at most 15 bytes)."""
-    return read(pid, "comm").removesuffix(b"\n")
+    return record(pid, "comm").removesuffix(b"\n")
 
 
 def login_ids(pid: int) -> tuple[int, int]:
@@ -113,26 +165,35 @@ def login_ids(pid: int) -> tuple[int, int]:
     A kernel without audit has neither file; nobody logs in there.
     """
     try:
-        return int(read(pid, "loginuid")), int(read(pid, "sessionid"))
+        return int(record(pid, "loginuid")), int(record(pid, "sessionid"))
     except FileNotFoundError:
         return 0xFFFFFFFF, 0xFFFFFFFF
 
 
 def namespace(pid: int | str, kind: str) -> int:
     """Return the inode number of a task's namespace, which identifies it (namespaces(7)); ``kind`` such as ``user``."""
-    link = os.readlink(f"/proc/{pid}/ns/{kind}")  # noqa: PTH115 - several times as fast, and on every open
-    return int(link[link.index("[") + 1 : -1])
+    return int(read_namespace_link(pid, kind)[len(kind) + 2 : -1])
+
+
+def read_namespace_link(pid: int | str, kind: str) -> str:
+    """Return what /proc/PID/ns/KIND says of a task's namespace, which identifies it as well as the number in it."""
+    return os.readlink(f"/proc/{pid}/ns/{kind}")  # noqa: PTH115 - several times as fast, and on every open
+
+
+def namespace_link(kind: str, number: int) -> str:
+    """Return what the link of a namespace with an inode number says."""
+    return f"{kind}:[{number}]"
 
 
 def current_syscall(tid: int) -> SystemCall | None:
     """Return the system call in which a thread waits, or None while it runs (``task_current_syscall()``)."""
-    words = read(tid, "syscall").split()
+    words = record(tid, "syscall").split()
     if not words or words[0] in (b"running", b"-1"):
         return None
     return SystemCall(int(words[0]), tuple([int(word, 16) for word in words[1:7]]))
 
 
-def waits_in(tid: int, numbers: Collection[int], third_argument: int) -> int | None:
+def waits_in(tid: int, numbers: Collection[int], third_argument: int, read: ReadRecord = record) -> int | None:
     """Return the first argument of one of these system calls, if a thread waits in it with that third argument.
 
     Quicker than ``current_syscall``.
@@ -143,16 +204,14 @@ def waits_in(tid: int, numbers: Collection[int], third_argument: int) -> int | N
     return int(words[1], 16)
 
 
-def descriptor_inode(tid: int, fd: int) -> int | None:
+def descriptor_inode(tid: int, fd: int, read: ReadRecord = record) -> int | None:
     """Return the inode number behind a descriptor of a task, without asking its file system; None if it is closed."""
     try:
         info = read(tid, f"fdinfo/{fd}")
     except FileNotFoundError:
         return None
-    for line in info.splitlines():
-        if line.startswith(b"ino:"):
-            return int(line[4:])
-    return None
+    begin = info.find(b"\nino:")
+    return None if begin < 0 else int(info[begin + 5 : info.index(b"\n", begin + 5)])
 
 
 def descriptor_device(tid: int, fd: int) -> int | None:
@@ -171,7 +230,7 @@ def descriptor_device(tid: int, fd: int) -> int | None:
 
 def mount_id(pid: int | str, fd: int) -> int:
     """Return the id of the mount that a descriptor was opened on (as statx(2) STATX_MNT_ID)."""
-    for line in read(pid, f"fdinfo/{fd}").splitlines():
+    for line in record(pid, f"fdinfo/{fd}").splitlines():
         if line.startswith(b"mnt_id:"):
             return int(line[7:])
     raise ValueError(f"/proc/{pid}/fdinfo/{fd} has no mnt_id")
@@ -234,7 +293,7 @@ def is_first_of_child_namespace(pid: int) -> bool:
 
 
 def _status_field(pid: int, name: bytes) -> bytes:
-    for line in read(pid, "status").splitlines():
+    for line in record(pid, "status").splitlines():
         if line.startswith(name + b":"):
             return line[len(name) + 1 :]
     raise ValueError(f"/proc/{pid}/status has no {name.decode()}")

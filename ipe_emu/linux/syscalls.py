@@ -1,11 +1,12 @@
 """System calls by name: one table of numbers, and one function through which every failure becomes an ``OSError``."""
 
 import ctypes
+import functools
 import os
 import platform
 from typing import Any, Final
 
-Argument = int | bytes | None | ctypes.Array[Any] | ctypes.Structure
+Argument = int | bytes | None | ctypes.Array[Any]
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
@@ -125,56 +126,56 @@ NUMBERS_AARCH64: Final[dict[str, int]] = {name: pair[1] for name, pair in _TABLE
 
 MACHINE: Final = platform.machine()
 
-# An architecture without a table gets an empty one: `number()` then says so, instead of calling something else.
+# An architecture without a table gets an empty one: `call` then says so, instead of calling something else.
 NUMBERS: Final[dict[str, int]] = {"x86_64": NUMBERS_X86_64, "aarch64": NUMBERS_AARCH64}.get(MACHINE, {})
 NAMES: Final[dict[int, str]] = {number: name for name, number in NUMBERS.items()}
 
 # use_errno: ctypes keeps a copy of errno per thread, taken right after the call, before the interpreter can spoil it.
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_MOST_ARGUMENTS: Final = 6
 
 
-def number(name: str) -> int:
-    """Return the number of a system call on this machine.
+def _syscall_taking(count: int) -> Any:  # noqa: ANN401 - ctypes has no public type for its functions
+    """Return syscall(2) for so many arguments. ``c_void_p`` takes all that `Argument` is, and converts it in C."""
+    function = _libc["syscall"]  # an object of its own each time
+    function.restype = ctypes.c_long
+    function.argtypes = (ctypes.c_long, *[ctypes.c_void_p] * count)
+    return function
 
-    Raises ``NotImplementedError`` where this architecture has no such call, or no table here.
-    """
-    try:
-        return NUMBERS[name]
-    except KeyError:
-        raise NotImplementedError(f"no number is known here for the system call {name} on {MACHINE}") from None
+
+_SYSCALL: Final = tuple(_syscall_taking(count) for count in range(_MOST_ARGUMENTS + 1))
 
 
 def call(name: str, *arguments: Argument) -> int:
     """Do one system call; return its result, or raise ``OSError`` with its errno and its name.
 
-    ``bytes`` are passed as a pointer to a NUL-terminated copy that the kernel may read, not write; a ctypes array or
-    structure as a pointer the kernel may write to; ``None`` as a null pointer. The interpreter lock is released.
+    Raises ``NotImplementedError`` where this architecture has no such call, or no table here.
+
+    ``bytes`` are passed as a pointer to their content, NUL-terminated, that the kernel may read, not write; a ctypes
+    array as a pointer the kernel may write to; ``None`` as a null pointer. The interpreter lock is released.
     EINTR is not retried: only the caller knows whether the call may be repeated.
     """
-    result: int = _libc.syscall(ctypes.c_long(number(name)), *map(_convert, arguments))
+    try:
+        result: int = _SYSCALL[len(arguments)](NUMBERS[name], *arguments)
+    except KeyError:
+        raise NotImplementedError(f"no number is known here for the system call {name} on {MACHINE}") from None
     if result < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"{name}: {os.strerror(errno)}")
     return result
 
 
-def _convert(argument: Argument) -> Any:  # noqa: ANN401 - ctypes has no common type for its arguments
-    if isinstance(argument, int):
-        return ctypes.c_long(argument)
-    if isinstance(argument, bytes):
-        return ctypes.c_char_p(argument)
-    if argument is None:
-        return ctypes.c_void_p(0)
-    return ctypes.byref(argument)
-
-
 def writable(size: int) -> ctypes.Array[ctypes.c_char]:
     """Return a zeroed buffer of ``size`` bytes for the kernel to fill; ``.raw`` is its content."""
-    return ctypes.create_string_buffer(size)
+    return _array_type(size)()
 
 
-def address(buffer: ctypes.Array[Any] | ctypes.Structure) -> int:
+@functools.lru_cache
+def _array_type(size: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * size
+
+
+def address(buffer: ctypes.Array[Any]) -> int:
     """Return a buffer's address, for structures that hold pointers. The caller keeps the buffer alive."""
     return ctypes.addressof(buffer)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipe_emu.linux import procfs, syscalls
+from ipe_emu.linux.capabilities import Capability
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -26,7 +27,7 @@ def test_own_credentials() -> None:
     assert (own.tgid, own.uid, own.euid, own.fsuid) == (os.getpid(), os.getuid(), os.geteuid(), os.geteuid())
     assert (own.gid, own.egid, own.fsgid) == (os.getgid(), os.getegid(), os.getegid())
     assert set(own.groups) == set(os.getgroups())
-    assert own.has(procfs.CAP_MAC_ADMIN) == (os.geteuid() == 0)
+    assert own.has(Capability.MAC_ADMIN) == (os.geteuid() == 0)
 
 
 @pytest.mark.needs("root")
@@ -38,6 +39,49 @@ def test_credentials_of_another() -> None:
         assert (found.fsuid, found.fsgid, found.groups, found.cap_effective) == (1234, 77, (5, 6), 0)
         assert process.stdin is not None
         process.stdin.close()
+
+
+@pytest.mark.needs("root")
+def test_a_record_longer_than_a_page_is_read_whole() -> None:
+    groups = tuple(range(1_000_000, 1_001_000))
+    drop = ["setpriv", "--groups", ",".join(map(str, groups))]
+    with subprocess.Popen([*drop, "cat"], stdin=subprocess.PIPE) as process:
+        wait_for(lambda: procfs.comm(process.pid) == b"cat")
+        assert procfs.credentials(process.pid).groups == groups
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_kept_records_are_those_of_one_thread() -> None:
+    kept = procfs.KeptRecords()
+    first = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    with first, subprocess.Popen(["cat"], stdin=subprocess.PIPE) as second:
+        wait_for(lambda: (call := procfs.current_syscall(first.pid)) is not None and call.name == "read")
+        call = procfs.current_syscall(first.pid)
+        assert call is not None
+        for _ in range(2):
+            assert procfs.waits_in(first.pid, {call.number}, call.arguments[2], kept.record) == 0
+        for process in (first, second, first):
+            found = procfs.descriptor_inode(process.pid, 0, kept.record)
+            assert found == procfs.descriptor_inode(process.pid, 0)
+        for process in (first, second):
+            assert process.stdin is not None
+            process.stdin.close()
+    with pytest.raises((FileNotFoundError, ProcessLookupError)):
+        kept.record(first.pid, "syscall")
+    kept.close()
+
+
+def test_a_kept_record_changes_with_its_descriptor(tmp_path: Path) -> None:
+    kept = procfs.KeptRecords()
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        file.touch()
+        fd = os.open(file, os.O_RDONLY)
+        assert procfs.descriptor_inode(os.getpid(), fd, kept.record) == file.stat().st_ino
+        os.close(fd)
+        assert procfs.descriptor_inode(os.getpid(), fd, kept.record) is None
+    kept.close()
 
 
 def test_a_name_is_given_as_it_is() -> None:

@@ -103,8 +103,8 @@ def test_where_yama_forbids_to_look_the_reason_is_said(
     def forbidden(*_: object) -> NoReturn:
         raise PermissionError(errno.EPERM, "not permitted")
 
-    real = procfs.read
-    monkeypatch.setattr(procfs, "read", lambda pid, name: forbidden() if name == "syscall" else real(pid, name))
+    real = procfs.record
+    monkeypatch.setattr(procfs, "record", lambda pid, name: forbidden() if name == "syscall" else real(pid, name))
     monkeypatch.setattr(Credentials, "_has_mac_admin", lambda *_: True)
     assert machine.write("ipe/enforce", b"0") == -errno.EACCES
     assert "kernel.yama.ptrace_scope" in caplog.text

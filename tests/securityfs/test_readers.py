@@ -1,6 +1,7 @@
 """Every reader that scripts use gets every node's content, or the kernel's error; none gets a silent nothing."""
 
 import fcntl
+import mmap
 import os
 import shutil
 import subprocess
@@ -128,13 +129,23 @@ def test_a_size_shows_only_until_somebody_has_read(shown: Emulator) -> None:
         assert stream.read(10) == content[:10]
         assert os.fstat(stream.fileno()).st_size == len(content)  # the rest might come by sendfile
         deadline = time.monotonic() + 20
-        # a reader that is not seen to wait, for it has not gone to sleep yet, is seen the next time
+        # a reader of a whole page that is not seen to wait, for it has not gone to sleep yet, is seen the next time
         while os.fstat(stream.fileno()).st_size:
             assert time.monotonic() < deadline
-            assert os.pread(stream.fileno(), 1000, 0) == content
+            assert os.pread(stream.fileno(), mmap.PAGESIZE, 0) == content
     with node.open("rb"):
         assert node.stat().st_size == len(content)
     assert node.stat().st_size == 0
+
+
+@pytest.mark.parametrize("length", [1000, mmap.PAGESIZE + 1, 2 * mmap.PAGESIZE, 1 << 17])
+def test_a_read_that_no_splice_makes_ends_the_size_at_once(length: int, shown: Emulator) -> None:
+    """It is no whole page, or goes beyond the last: nobody's system call need be looked at."""
+    node = shown.policies / "Signed" / "policy"
+    with node.open("rb", buffering=0) as stream:
+        assert os.fstat(stream.fileno()).st_size == len(text("Signed"))
+        assert stream.read(length) == text("Signed")
+        assert os.fstat(stream.fileno()).st_size == 0
 
 
 @pytest.mark.parametrize("node", ["new_policy", "enforce", "policies/Signed/delete"])
