@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"event", "policy", "pkcs7", "keyring", "integrity", "audit", "profiles"}),
     frozenset({"lsm", "system_keyrings"}),
     frozenset({"binfmt"}),
-    frozenset({"ipe_securityfs", "exec_hook"}),
+    frozenset({"ipe_securityfs", "exec_hook", "simulate"}),
     frozenset({"rehearse"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -85,13 +85,23 @@ def kind_of(head: bytes) -> Kind:
     return Kind.COMPAT if ident[4] == _CLASS_32 else Kind.NATIVE
 
 
+def is_of_another_machine(head: bytes) -> bool:
+    """Whether a file is for another architecture than this one, by its beginning; all the same whether it is sound."""
+    return head.startswith(_MAGIC) and len(head) >= _HEADER.size and _machine(head) != _MACHINES.get(syscalls.MACHINE)
+
+
+def _machine(head: bytes) -> int:
+    machine: int = _HEADER.unpack_from(head)[2]
+    return machine
+
+
 def read_program(fd: int, head: bytes) -> Program:
     """Read a native program; ``head`` is its beginning, of any length from that of a header.
 
     Raises BadElfError where the kernel takes it for none of its own, and KernelError where it fails otherwise, both
     before the point of no return.
     """
-    headers = _program_headers(fd, head)
+    headers = program_headers(fd, head)
     interpreter = None
     for kind, _, at, _, _, file_size, *_ in headers:
         if kind == _PT_INTERP:
@@ -116,7 +126,7 @@ def read_interpreter(fd: int, head: bytes) -> Program:
     _, type_, machine, *_ = _HEADER.unpack_from(head)
     if machine != _MACHINES.get(syscalls.MACHINE):
         raise BadElfError("of another machine")
-    headers = _program_headers(fd, head)
+    headers = program_headers(fd, head)
     if type_ not in _PROGRAM_TYPES:
         return Program(0, complete=False)
     return Program(*_load(headers))
@@ -136,7 +146,11 @@ def _load(headers: Sequence[tuple[int, ...]]) -> tuple[int, bool]:
     return segments, True
 
 
-def _program_headers(fd: int, head: bytes) -> list[tuple[int, ...]]:
+def program_headers(fd: int, head: bytes) -> list[tuple[int, ...]]:
+    """Return the program headers, each as type, flags, offset, address, physical address, sizes and alignment.
+
+    ``head`` is the beginning of the file, of any length from that of a header. BadElfError where they are impossible.
+    """
     _, _, _, _, _, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
     size = count * _PROGRAM_HEADER.size
     if entry_size != _PROGRAM_HEADER.size or not 0 < size <= _MAX_PROGRAM_HEADERS_SIZE:
@@ -172,7 +186,9 @@ def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
     if offset + length > size:
         return None
     table = read(offset, length)
-    found = [header for header in headers if table[header[0] :].partition(b"\0")[0] == _THIS_MODULE]
+    # Ended by a NUL, or by the table's end. No more is copied: a hostile file has many headers and long tables.
+    names_it = (_THIS_MODULE + b"\0", _THIS_MODULE)
+    found = [header for header in headers if table[header[0] : header[0] + len(_THIS_MODULE) + 1] in names_it]
     if len(found) != 1:
         return None
     offset, length = found[0][4:6]

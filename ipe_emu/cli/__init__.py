@@ -20,7 +20,7 @@ COMMANDS = {
     "mount": "mount the emulated securityfs on a directory",
     "umount": "take a mounted emulator down",
     "run": "run a command whose every execution the emulator judges",
-    "policy": "check, show, sign and explain policies",
+    "policy": "check, show, sign, explain and simulate policies",
     "keys": "make test keys",
     "verity": "make and check dm-verity hash trees, fs-verity digests and signatures",
     "decide": "ask a mounted emulator about one operation on one file",
@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return ours
     except OSError as error:
-        where = f"{escape(os.fsencode(error.filename))}: " if error.filename is not None else ""
+        named = isinstance(error.filename, str | bytes)  # and not a descriptor
+        where = f"{escape(os.fsencode(error.filename))}: " if named else ""
         complain(f"{where}{error.strerror or error}")
         return exit_status.USAGE
     except Exception:

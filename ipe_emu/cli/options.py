@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ipe_emu.profiles import DEFAULT_PROFILE, PROFILES, Profile
 if TYPE_CHECKING:
     from ipe_emu.audit import AuditRecord
     from ipe_emu.integrity.declared import Declared
+    from ipe_emu.integrity.facts import Facts
     from ipe_emu.keyring import Keyrings
     from ipe_emu.lsm import Ipe
 
@@ -141,12 +142,16 @@ def keyrings_of(args: argparse.Namespace, profile: Profile) -> "Keyrings":
     return keyrings
 
 
-def declared_of(args: argparse.Namespace) -> "Declared":
-    """What the options declare of files; UserError for a path that is not there or a digest that does not match."""
+def declared_of(args: argparse.Namespace, volumes: "Iterable[tuple[bytes, Facts]]" = ()) -> "Declared":
+    """What the options declare of files; UserError for a path that is not there or a digest that does not match.
+
+    ``volumes`` are directories, and what holds for all that is below each.
+    """
     from ipe_emu.integrity import declared
     from ipe_emu.linux import mountinfo
 
-    return declared.load(mountinfo.locate, [Path(p) for p in args.integrity], [Path(p) for p in args.boot_verified])
+    boot_verified = [Path(p) for p in args.boot_verified]
+    return declared.load(mountinfo.locate, [Path(p) for p in args.integrity], boot_verified, volumes)
 
 
 def build_ipe(args: argparse.Namespace, profile: Profile, emit: "Callable[[AuditRecord], None]") -> "Ipe":

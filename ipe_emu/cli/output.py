@@ -1,8 +1,12 @@
 """What the commands print: messages on stderr, and names of files that cannot break a line or a terminal."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from ipe_emu.profiles import DEFAULT_PROFILE, PROFILES, Profile
+
+if TYPE_CHECKING:
+    from ipe_emu.integrity.facts import Facts
 
 _NOTES = {
     "op-policy": "linux-7.3 plus a proposal that no released kernel has: op=POLICY can admit unsigned policies",
@@ -23,6 +27,16 @@ def _escape_character(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as surrogateescape keeps it
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def known(facts: "Facts") -> list[str]:
+    """What is known of a file, a word or a few for each fact."""
+    words = ["boot_verified"] if facts.boot_verified else []
+    if facts.dmverity_roothash is not None:
+        words.append(f"dm-verity {facts.dmverity_roothash}" + " (signed)" * facts.dmverity_signature)
+    if facts.fsverity_digest is not None:
+        words.append(f"fs-verity {facts.fsverity_digest}" + " (signed)" * facts.fsverity_signature)
+    return words
 
 
 def say(message: str) -> None:

@@ -11,8 +11,7 @@ from attrs import define, field, frozen
 from ipe_emu.event import Hook, Subject
 from ipe_emu.exec_hook.plan import Event
 from ipe_emu.lsm import Decision, UpstreamRefusal
-from ipe_emu.policy.evaluate import Match, Verdict
-from ipe_emu.policy.render import default_statement, statement
+from ipe_emu.policy.explain import deciding_statement
 from ipe_emu.policy.rule import Operation
 from ipe_emu.profiles import UPSTREAM_OF_OP_POLICY
 
@@ -47,7 +46,7 @@ class Report:
     def denied(self, event: Event, decision: Decision) -> None:
         """Note an event that was denied."""
         path = event.file.path if event.file is not None else None
-        by = _words_for(decision.verdict) if decision.verdict is not None else "?"
+        by = deciding_statement(decision.verdict) if decision.verdict is not None else "?"
         self.denied_events += 1
         _count(self._denials, Denial(event.operation, event.hook, path, by))
 
@@ -88,13 +87,6 @@ class Report:
 def _count(counter: Counter[_Kind], kind: _Kind) -> None:
     if kind in counter or len(counter) < _MOST_REMEMBERED:
         counter[kind] += 1
-
-
-def _words_for(verdict: Verdict) -> str:
-    if verdict.rule is not None:
-        return statement(verdict.rule)
-    operation = verdict.operation if verdict.match is Match.OPERATION_DEFAULT else None
-    return default_statement(operation, verdict.action)
 
 
 def _name_of(subject: Subject | None) -> str:

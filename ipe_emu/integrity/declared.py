@@ -123,8 +123,15 @@ def _measures_as(expected: Digest | None, open_file: OpenFile) -> bool:
         os.close(fd)
 
 
-def load(locate: Locate, files: Iterable[Path] = (), boot_verified: Iterable[Path] = ()) -> Declared:
+def load(
+    locate: Locate,
+    files: Iterable[Path] = (),
+    boot_verified: Iterable[Path] = (),
+    volumes: Iterable[tuple[bytes, Facts]] = (),
+) -> Declared:
     """Read the facts that ``--integrity`` files and ``--boot-verified`` paths declare, and check them.
+
+    ``volumes`` are directories and what holds for all that is below each, as if it stood in such a file.
 
     UserError for a file that is no such table, for a path that does not exist or is declared twice, and for an
     fs-verity digest that the file's content does not have.
@@ -141,6 +148,8 @@ def load(locate: Locate, files: Iterable[Path] = (), boot_verified: Iterable[Pat
     for path in boot_verified:
         entry = _attach_to_path(locate, os.fsencode(path), Facts(boot_verified=True), "--boot-verified")
         _add(entries, entry, "command line")
+    for directory, facts in volumes:
+        _add(entries, _attach_to_path(locate, directory, facts, "the volume"), "command line")
     longest_first = sorted(entries.values(), key=lambda entry: len(entry.place.path), reverse=True)
     return Declared(tuple(longest_first), contents=contents)
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from ipe_emu.integrity.facts import Facts
-from ipe_emu.policy.evaluate import holds
+from ipe_emu.policy.evaluate import Match, Verdict, holds
 from ipe_emu.policy.render import default_statement, property_statement, statement
 from ipe_emu.policy.rule import Operation, Policy, Property, PropertyType, Rule
 
@@ -55,6 +55,14 @@ def why_it_failed(prop: Property, facts: Facts) -> str:
             return "its fs-verity digest has no trusted signature"
         case PropertyType.FSV_SIG_FALSE:
             return "its fs-verity digest has a trusted signature"
+
+
+def deciding_statement(verdict: Verdict) -> str:
+    """Return the line of the policy that decided, as the kernel's audit records have it."""
+    if verdict.rule is not None:
+        return statement(verdict.rule)
+    operation = verdict.operation if verdict.match is Match.OPERATION_DEFAULT else None
+    return default_statement(operation, verdict.action)
 
 
 def in_words(policy: Policy, operation: Operation, facts: Facts) -> list[str]:

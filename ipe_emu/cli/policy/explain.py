@@ -7,7 +7,7 @@ import stat
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.options import add_integrity_options, add_kernel_option, add_key_options, declared_of
-from ipe_emu.cli.output import announce, escape
+from ipe_emu.cli.output import announce, escape, known
 from ipe_emu.cli.policy.source import read_source
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.errors import UserError
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     words = in_words(policy, operation, facts)
     if args.json:
         answer = {"action": verdict.action.value, "decided_by": verdict.match.value, "steps": list(map(escape, words))}
-        print(json.dumps({"kernel": profile.name, **answer, "known": _known(facts)}, indent=2))
+        print(json.dumps({"kernel": profile.name, **answer, "known": known(facts)}, indent=2))
     else:
-        print(f"{escape(os.fsencode(args.path))}: known: {', '.join(_known(facts)) or 'nothing'}")
+        print(f"{escape(os.fsencode(args.path))}: known: {', '.join(known(facts)) or 'nothing'}")
         for line in words:
             print(f"  {escape(line)}")
         print(verdict.action.value)
@@ -70,12 +70,3 @@ def _facts(args: argparse.Namespace) -> Facts:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{shown}: is no regular file")
     return declared_of(args).facts_of(place, found, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-
-
-def _known(facts: Facts) -> list[str]:
-    known = ["boot_verified"] if facts.boot_verified else []
-    if facts.dmverity_roothash is not None:
-        known.append(f"dm-verity {facts.dmverity_roothash}" + " (signed)" * facts.dmverity_signature)
-    if facts.fsverity_digest is not None:
-        known.append(f"fs-verity {facts.fsverity_digest}" + " (signed)" * facts.fsverity_signature)
-    return known

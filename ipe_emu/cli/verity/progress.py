@@ -1,13 +1,29 @@
 """A progress bar on stderr, for what takes long, where somebody looks."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ipe_emu.integrity.hash_workers import Progress, no_progress
 
 #: Bytes; less is done before a bar could be read.
 _WORTH_A_BAR = 256 << 20
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[], object]]:
+    """Show how many there were so far, of a number that nobody knows, if stderr is a terminal; call it for each."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager
