@@ -58,7 +58,7 @@ from ipe_securityfs.clients import (
 )
 from ipe_securityfs.policy_file import PolicyFileReader
 from ipe_securityfs.position import FilePosition
-from ipe_securityfs.subtrees import ImageFile, TextFile
+from ipe_securityfs.subtrees import DiskFile, ImageFile, TextFile
 from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
 
 Arguments = TypeVarTuple("Arguments")
@@ -176,7 +176,7 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, File) and node.readers:
             entry.st_size = _readable_size(node)
         else:
-            entry.st_size = node.attributes.size
+            entry.st_size = node.disk.size if isinstance(node, DiskFile) else node.attributes.size
         return entry
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
@@ -216,6 +216,8 @@ class Operations(pyfuse3.Operations):
         node = self._node(inode)
         if isinstance(node, ImageFile | TextFile):
             raise _refused(errno.EROFS, "this is for reading", "")
+        if isinstance(node, DiskFile) and fields.update_size:
+            raise _refused(errno.EINVAL, "a block device has the size it has", "do_ftruncate")
         attributes = node.attributes
         if fields.update_mode:
             attributes.mode = stat.S_IFMT(attributes.mode) | stat.S_IMODE(attr.st_mode)
@@ -363,6 +365,12 @@ class Operations(pyfuse3.Operations):
         except Exception as error:
             raise _as_fuse(error, self._beside.node(fh)) from None
 
+    async def _write_beside(self, fh: FileHandleT, offset: int, data: bytes) -> int:
+        try:
+            return await self._beside.write(fh, offset, data)
+        except Exception as error:
+            raise _as_fuse(error, self._beside.node(fh)) from None
+
     def _show_size(self, node: File) -> None:
         """Tell the kernel how long a node is that is being opened for reading.
 
@@ -429,7 +437,9 @@ class Operations(pyfuse3.Operations):
             await trio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        handle = self._handles[fh]
+        handle = self._handles.get(fh)
+        if handle is None:
+            return await self._write_beside(fh, off, buf)
         node = handle.node
         try:
             # Nearly every write is a boolean by its node's opener, and must be quick.
@@ -452,6 +462,8 @@ class Operations(pyfuse3.Operations):
             handle.node.readers -= 1
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        if self._beside.has(fh):
+            return  # what is written to a disk is in its image, or forgotten at the end
         raise _refused(errno.EINVAL, "securityfs files have no fsync", "vfs_fsync_range")
 
     # -- writing ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What one FUSE session serves beside the securityfs: verified image files, device nodes, and texts as in /proc.
+"""What one FUSE session serves beside the securityfs: image files, disks, device nodes, and texts as in /proc.
 
 pyfuse3 serves one session per process, so that whatever else is to be seen as a file is a subtree of this one. Only
 clones of single directories and files are mounted where a rehearsed tree can see them.
@@ -37,6 +37,26 @@ class ImageFile(Node):
     content: Content
 
 
+class Disk(Content, Protocol):
+    """What is behind the node of a block device; in any thread. Its size may change."""
+
+    def write(self, offset: int, data: bytes) -> int:
+        """Write what fits, and return its length. KernelError as the device answers."""
+
+    def opened(self) -> None:
+        """Note that a file was opened on it."""
+
+    def closed(self) -> None:
+        """Note that such a file was closed for the last time."""
+
+
+@define(eq=False)
+class DiskFile(Node):
+    """A file that reads and writes what a block device does. Its content is never kept by the kernel."""
+
+    disk: Disk
+
+
 @define(eq=False)
 class DeviceNode(Node):
     """A block or character device as stat(2) shows it. What opening it means is for who traps open(2) to say."""
@@ -70,6 +90,12 @@ class Subtrees:
         self._tree.add(image)
         return image
 
+    def add_disk(self, name: bytes, disk: Disk) -> DiskFile:
+        """Serve a disk as ``images/NAME``. FileExistsError if there is one of that name."""
+        node = DiskFile(self._tree.new_ino(), _attributes(stat.S_IFREG | 0o600), self.images, name, disk)
+        self._tree.add(node)
+        return node
+
     def add_device(self, name: bytes, mode: int, number: int) -> DeviceNode:
         """Serve a node as ``devices/NAME``: ``mode`` with its type (S_IFBLK, S_IFCHR), ``number`` as os.makedev().
 
@@ -88,7 +114,7 @@ class Subtrees:
         self._tree.add(node)
         return node
 
-    def remove(self, node: ImageFile | DeviceNode) -> None:
+    def remove(self, node: ImageFile | DiskFile | DeviceNode) -> None:
         """Take a node away; whoever has an image open can read on."""
         self._tree.remove(node)
 

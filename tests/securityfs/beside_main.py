@@ -1,7 +1,7 @@
 """A FUSE session that serves more than the securityfs, for tests: ``python beside_main.py DIRECTORY IMAGE...``.
 
 Each IMAGE is a file that becomes images/NAME; reading the bytes ``BAD`` in it fails as a corrupted block does. The text
-texts/count says how often it was opened. Says
+texts/count says how often it was opened. images/254:0 is a disk, and texts/openers says how often that is open. Says
 ``ready`` on stdout, and adds or removes a node for each line on stdin (``add NAME`` or ``remove NAME``).
 """
 
@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from attrs import frozen
+from attrs import define, frozen
 
 from ipe_emu.errors import KernelError
 from ipe_emu.integrity.declared import Declared
@@ -42,6 +42,36 @@ class Content:
         return data
 
 
+@define(eq=False)
+class Disk:
+    """A disk in memory; its page 3 cannot be read."""
+
+    data: bytearray
+    openers: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 4 * 4096 and offset + length > 3 * 4096:
+            raise KernelError(errno.EIO, "a block is corrupted", "verity_handle_err")
+        return bytes(self.data[offset : offset + length])
+
+    def write(self, offset: int, data: bytes) -> int:
+        if offset >= self.size:
+            raise KernelError(errno.ENOSPC, "", "blkdev_write_iter")
+        done = min(len(data), self.size - offset)
+        self.data[offset : offset + done] = data[:done]
+        return done
+
+    def opened(self) -> None:
+        self.openers += 1
+
+    def closed(self) -> None:
+        self.openers -= 1
+
+
 def main() -> None:
     directory, *images = sys.argv[1:]
     mounted_as = MountedAs(Credentials(frozenset({procfs.namespace("self", "user")})), Declared(()))
@@ -52,6 +82,9 @@ def main() -> None:
         subtrees.add_image(Path(image).name.encode(), Content(Path(image).read_bytes()))
     count = itertools.count(1)
     subtrees.add_text(b"count", lambda: b"%d\n" % next(count))
+    disk = Disk(bytearray(b"0123456789abcdef" * 4096))
+    subtrees.add_disk(b"254:0", disk)
+    subtrees.add_text(b"openers", lambda: b"%d\n" % disk.openers)
     nodes = {}
 
     def obey() -> None:

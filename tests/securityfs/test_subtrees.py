@@ -116,3 +116,39 @@ def test_device_nodes_come_and_go(beside: Beside) -> None:
     assert not node.exists()
     beside.tell("add", "dm-0")
     assert node.stat().st_mode == stat.S_IFBLK | 0o660
+
+
+def openers(beside: Beside) -> int:
+    return int((beside.place / "texts/openers").read_text())
+
+
+def test_a_disk_is_read_and_written(beside: Beside) -> None:
+    path = beside.place / "images/254:0"
+    assert (path.stat().st_size, path.stat().st_mode) == (65536, stat.S_IFREG | 0o600)
+    assert openers(beside) == 0
+    reader, writer = os.open(path, os.O_RDONLY), os.open(path, os.O_RDWR)
+    assert openers(beside) == 2
+    assert os.lseek(reader, 0, os.SEEK_END) == 65536
+    assert os.pwrite(writer, b"hello", 40_000) == 5
+    os.fsync(writer)
+    assert os.pread(reader, 7, 39_999) == b"fhello5"
+    assert os.pwrite(writer, b"x" * 100, 65_530) == 6
+    with refusal(errno.ENOSPC):
+        os.pwrite(writer, b"x", 65_536)
+    with refusal(errno.EINVAL):
+        os.ftruncate(writer, 100)
+    assert os.pread(reader, 10, 65_536) == b""
+    os.close(reader)
+    os.close(writer)
+    assert openers(beside) == 0
+
+
+def test_a_read_ends_before_the_first_page_that_is_bad(beside: Beside) -> None:
+    fd = os.open(beside.place / "images/254:0", os.O_RDONLY)
+    try:
+        assert len(os.pread(fd, 65_536, 100)) == 3 * PAGE - 100
+        with refusal(errno.EIO):
+            os.pread(fd, 65_536, 3 * PAGE)
+        assert len(os.pread(fd, 65_536, 4 * PAGE)) == 12 * PAGE
+    finally:
+        os.close(fd)
