@@ -19,6 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"event", "policy", "pkcs7", "keyring", "integrity", "audit", "profiles"}),
     frozenset({"lsm", "system_keyrings"}),
     frozenset({"binfmt"}),
+    frozenset({"volumes"}),
     frozenset({"ipe_securityfs", "exec_hook", "simulate"}),
     frozenset({"rehearse"}),
     frozenset({"cli"}),

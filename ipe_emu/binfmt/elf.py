@@ -197,10 +197,18 @@ def module_name(read: Callable[[int, int], bytes], size: int) -> bytes | None:
     return read(offset, length)[_MODULE_NAME_OFFSET:][:MODULE_NAME_SIZE].partition(b"\0")[0]
 
 
+def kernel_read(fd: int, size: int, offset: int) -> bytes:
+    """Read as the kernel does for itself (``kernel_read()``): KernelError where the file system answers an error."""
+    try:
+        return os.pread(fd, size, offset)
+    except OSError as error:
+        raise KernelError(error.errno or errno.EIO, "its file system cannot read it", "kernel_read") from None
+
+
 def _read(fd: int, size: int, offset: int) -> bytes:
     if offset + size >= 1 << 63:
         raise KernelError(errno.EINVAL, "an impossible offset", "rw_verify_area")
-    data = os.pread(fd, size, offset)
+    data = kernel_read(fd, size, offset)
     if len(data) != size:
         raise KernelError(errno.EIO, "the file ends early", "elf_read")
     return data

@@ -1,7 +1,6 @@
 """What an execution asks IPE, in order, whoever opens the files (fs/exec.c, fs/binfmt_script.c, fs/binfmt_elf.c)."""
 
 import errno
-import os
 from typing import Final, Protocol
 
 from attrs import define, field, frozen
@@ -84,8 +83,8 @@ class Execution:
             except NotJudgedError:
                 self.questions.append(question)  # a denial makes an end before it would have to be read
                 raise
+            head = elf.kernel_read(binary, _HEAD_SIZE, 0)  # before the question (prepare_binprm())
             self.questions.append(question)
-            head = os.pread(binary, _HEAD_SIZE, 0)
             buffer = head[: script.BUFFER_SIZE].ljust(script.BUFFER_SIZE, b"\0")
             interpreter = self._interpreter(buffer, name)
             if interpreter is None:
@@ -131,7 +130,7 @@ class Execution:
     def _open_elf_interpreter(self, path: bytes) -> Loaded:
         found = self.opener.open_execat(path)
         fd = self.opener.open_to_read(found)
-        head = os.pread(fd, _HEAD_SIZE, 0)
+        head = elf.kernel_read(fd, _HEAD_SIZE, 0)
         if len(head) < elf.HEADER_SIZE:
             raise KernelError(errno.EIO, "the ELF interpreter is shorter than a header", "elf_read")
         try:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Try everything and print what came of it."""
     from ipe_emu.linux.probe import probe
 
-    probes = [*probe(), _writers_can_be_seen()]
+    probes = [*probe(), _writers_can_be_seen(), *_programs_of_volumes()]
     works = {command: all(p.ok for p in probes if command in p.needed_for) for command in _COMMANDS}
     if args.json:
         print(json.dumps({"works": works, "probes": [_as_json(p) for p in probes]}, indent=2))
@@ -62,6 +62,23 @@ def _writers_can_be_seen() -> "Probe":
     remedy = "sudo sysctl -w kernel.yama.ptrace_scope=0, or mount as root; `ipe-emu run` does not need it"
     detail = f"kernel.yama.ptrace_scope is {scope}: a mount would refuse every write, not seeing who writes and how"
     return Probe(name, ok=False, detail=detail, remedy=remedy, needed_for=("mount",))
+
+
+def _programs_of_volumes() -> "list[Probe]":
+    """Whether the programs are there that read the images of ``run --volume``."""
+    from ipe_emu.linux.probe import Probe
+    from ipe_emu.volumes import programs
+
+    probes = []
+    for kind, program in programs.PROGRAMS.items():
+        found = programs.find(kind)
+        if found is None:
+            remedy = f"sudo apt-get install {programs.PACKAGES[program]}"
+            lacking = f"not installed; run --volume needs it for {kind.value}"
+            probes.append(Probe(program, ok=False, detail=lacking, remedy=remedy))
+        else:
+            probes.append(Probe(program, ok=True, detail=found))
+    return probes
 
 
 def _print(probes: "Sequence[Probe]", works: dict[str, bool]) -> None:

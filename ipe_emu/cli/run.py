@@ -2,14 +2,20 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipe_emu.cli.audit_log import audit_file, open_audit_log
 from ipe_emu.cli.mounted import connect, status_of
 from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of, described_machine
 from ipe_emu.cli.output import announce
 from ipe_emu.cli.subparsers import Subparsers, add_command
+from ipe_emu.cli.verity.images import JOBS
+from ipe_emu.cli.verity.progress import progress_bar
 from ipe_emu.errors import UserError
 from ipe_emu.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from ipe_emu.volumes.image import VerifiedImage
 
 
 def add_parser(commands: Subparsers, line: str) -> None:
@@ -36,6 +42,15 @@ ipe-emu run --attach ~/securityfs -- sh""",
     )
     parser.add_argument("--fail-on-deny", action="store_true", help="exit with 1 if anything was denied")
     parser.add_argument("--debug", action="store_true", help="say how the sandbox is made, step by step")
+    parser.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="DIR=IMAGE,roothash=HEX[,hash=IMAGE][,hash-offset=BYTES][,signature=P7S]",
+        help="mount a squashfs, ext4 or erofs image on DIR, as on dm-verity: with this root hash, the hash tree in"
+        " another image or behind the data, and a signature of the root hash (may be repeated). For a tree without"
+        " superblock: no-superblock, algorithm=, format=, data-block-size=, hash-block-size=, data-blocks=, salt=",
+    )
     add_lsm_options(parser)
 
 
@@ -51,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         profile = announce(args.kernel)
     declared = declared_of(args)
+    volumes = _volumes(args)
     from ipe_emu.exec_hook.run import RunOptions
     from ipe_emu.exec_hook.run import run as run_command
 
@@ -64,5 +80,24 @@ def run(args: argparse.Namespace) -> int:
             audit_log=audit_file(args.audit_log),
             fail_on_deny=args.fail_on_deny,
             debug=args.debug,
+            volumes=volumes,
         )
     )
+
+
+def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
+    """The volumes that the options describe, opened. UserError for what a kernel would not mount."""
+    if not args.volume:
+        return []
+    if args.attach is not None:
+        raise UserError("--volume and --attach: the emulator that is mounted there cannot serve volumes")
+    from ipe_emu.volumes.image import open_verified
+    from ipe_emu.volumes.programs import HIDES_ERRORS
+    from ipe_emu.volumes.specification import parse
+
+    images = [open_verified(parse(text)) for text in args.volume]
+    for image in images:
+        if image.kind in HIDES_ERRORS:
+            with progress_bar("verifying", image.size) as progress:
+                image.verify(jobs=JOBS, progress=progress)
+    return images

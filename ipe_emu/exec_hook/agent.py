@@ -8,7 +8,7 @@ import os
 import signal
 from typing import NoReturn
 
-from ipe_emu.exec_hook import init
+from ipe_emu.exec_hook import init, volume_mounts
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS, Blueprint
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs
@@ -42,15 +42,17 @@ def _build(channel: Channel, blueprint: Blueprint) -> int:
         # (``fuse_fill_super()`` wants both in the same), for who is outside the mount's may not even stat its files.
         fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     namespaces.unshare(Namespace.MOUNT)
+    user_namespace = blueprint.user_namespace
+    prepared = volume_mounts.prepare(channel, fuse, blueprint.volumes, user_namespace) if blueprint.volumes else None
     for step in blueprint.steps:
         step.execute()
     if blueprint.own_securityfs:
         # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
-        SecurityFs(fuse).execute()
-        root = os.open(SECURITYFS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        channel.send("fuse", fds=[fuse, root])
-        os.close(fuse)
-        os.close(root)
+        if prepared is not None:
+            prepared.attach(channel)
+        else:
+            SecurityFs(fuse).execute()
+            volume_mounts.send_session(channel, fuse, SECURITYFS, user_namespace)
     if not blueprint.shielded:
         # Made from here, the pid namespace belongs to the tree's root, who can then mount a /proc of it anywhere.
         init.enter_user_namespace(blueprint)

@@ -10,6 +10,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.exec_hook.mount_plan import Proc, SecurityFs, Step
+from ipe_emu.exec_hook.volume_mounts import PlannedVolume
 from ipe_emu.linux.seccomp import Rule
 
 #: What a terminal sends to everybody in the foreground, and what is sent to stop a program: the command decides what
@@ -54,7 +55,8 @@ class Blueprint:
     """The sandbox: mounts (see `mount_plan`), what to run in it, and which system calls are to be judged.
 
     ``own_securityfs`` is false where ``steps`` show one that is served elsewhere. ``user_namespace`` is a descriptor of
-    the tree's, whose root is ``root`` outside; ``shielded`` if that is root there too (`footing.Kind`).
+    the tree's, whose root is ``root`` outside; ``shielded`` if that is root there too (`footing.Kind`). ``volumes``
+    need a securityfs of its own.
     """
 
     steps: Sequence[Step]
@@ -64,6 +66,7 @@ class Blueprint:
     shielded: bool
     rules: Sequence[Rule]
     command: Command
+    volumes: Sequence[PlannedVolume] = ()
 
     @property
     def proc(self) -> Proc:
@@ -75,4 +78,4 @@ class Blueprint:
         steps: list[Step] = [*self.steps]
         if self.own_securityfs:
             steps.append(SecurityFs(-1))
-        return [step.describe() for step in (*steps, self.proc)]
+        return [*(s.describe() for s in steps), *(v.describe() for v in self.volumes), self.proc.describe()]

@@ -1,19 +1,28 @@
 """What judges a run: an emulator of its own, or one that is mounted already (``run --attach``)."""
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+import select
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from attrs import define, field
 
+from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook.hook import Judge
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
-from ipe_emu.exec_hook.supervisor import SecurityFsServer
+from ipe_emu.exec_hook.supervisor import SecurityFsServer, Served
 from ipe_emu.integrity.declared import Declared, is_volume
-from ipe_emu.integrity.sources import FactsSource
+from ipe_emu.integrity.sources import Combined, FactsSource
+from ipe_emu.linux import process
+from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.lsm import Ipe, UpstreamRefusal
+from ipe_emu.volumes.facts import VolumeFacts
+from ipe_emu.volumes.image import VerifiedImage
+from ipe_emu.volumes.programs import HIDES_ERRORS
 
 if TYPE_CHECKING:
     from ipe_securityfs.client import Connection, RemoteIpe
@@ -30,11 +39,18 @@ class Emulator(Protocol):
     def volumes(self) -> Sequence[Path]:
         """The directories that become read-only mounts of their own, for dm-verity facts are declared of them."""
 
+    @property
+    def superblocks(self) -> Superblocks:
+        """What is known of those of the rehearsed machine."""
+
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Do what can be done while the sandbox is being made."""
 
     def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:
         """Serve the finished sandbox; return who decides, and who knows the facts of files."""
+
+    def check(self) -> None:
+        """Raise NotJudgedError if something that the tree relied on ended before it did."""
 
     def end(self) -> None:
         """Stop serving."""
@@ -50,9 +66,13 @@ class OwnEmulator:
 
     make_ipe: Callable[[], Ipe]
     facts: Declared
+    images: Mapping[str, VerifiedImage] = field(factory=dict)
     _ipe: Ipe | None = field(default=None, init=False)
     _server: SecurityFsServer | None = field(default=None, init=False)
-    _fuse: tuple[int, int] = field(default=(-1, -1), init=False)
+    _known: FactsSource = field(init=False)
+    superblocks: Superblocks = field(factory=Superblocks, init=False)
+    #: By the name of the volume: a pidfd of the program that serves it.
+    _helpers: dict[str, int] = field(factory=dict, init=False)
 
     @property
     def securityfs(self) -> Path | None:
@@ -69,18 +89,52 @@ class OwnEmulator:
         self._server = SecurityFsServer(report, sandbox.kill)
         self._server.start()
         self._ipe = self.make_ipe()
-        self._fuse = sandbox.fuse()
+        of_volumes = VolumeFacts()
+        # A declared volume's facts hold on the mount that the sandbox made of it.
+        self._known = Combined([of_volumes, self.facts.in_sandbox()]) if self.images else self.facts.in_sandbox()
+        for name, image in self.images.items():
+            image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
+            image.verify_signature(self._ipe.keyrings, self._ipe.profile)
+        fuse, surroundings = sandbox.fuse()
+        self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images))
+        for name, image in self.images.items():
+            try:
+                device, helper = sandbox.volume()
+            except UserError as error:
+                raise UserError(f"{image.specification.image}: {error}") from None
+            of_volumes.add(device, image.facts)
+            self.superblocks.names[f"{os.major(device)}:{os.minor(device)}"] = name
+            if helper is not None:
+                self._helpers[name] = helper
 
-    def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:
-        """Serve the securityfs; a volume's facts hold on the mount that the sandbox made of it."""
+    def _corrupted(self, sandbox: Sandbox, report: Report, name: str, what: str) -> None:
+        """Note that a block could not be read; where its reader would hide that, it must not live to do so."""
+        report.corrupted(what)
+        if self.images[name].kind not in HIDES_ERRORS:
+            return
+        report.failed(f"{name} changed while it was used, and the program that serves it does not pass on such errors")
+        if name in self._helpers:
+            process.send_signal(self._helpers[name], signal.SIGKILL)
+        else:
+            sandbox.kill()
+
+    def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:  # noqa: ARG002 - the protocol's
+        """Serve the securityfs, which was begun before."""
         assert self._ipe is not None  # noqa: S101 - `begin` came before
-        assert self._server is not None  # noqa: S101 - likewise
-        facts = self.facts.in_sandbox()
-        self._server.serve(self._fuse, self._ipe, facts, surroundings)
-        return self._ipe, facts
+        return self._ipe, self._known
+
+    def check(self) -> None:
+        """Look whether the programs that serve volumes live."""
+        ended = select.select([*self._helpers.values()], [], [], 0)[0]
+        for name, helper in self._helpers.items():
+            if helper in ended:
+                raise NotJudgedError(f"the program that serves {name} ended before the command did")
 
     def end(self) -> None:
         """End the server; it may be at its first imports still."""
+        for helper in self._helpers.values():
+            os.close(helper)
+        self._helpers.clear()
         if self._server is not None:
             self._server.stop()
             self._server.join()
@@ -121,6 +175,11 @@ class MountedEmulator:
         """None: its facts are its own, and made nothing a mount."""
         return ()
 
+    @property
+    def superblocks(self) -> Superblocks:
+        """This machine's, as the emulator knows them."""
+        return OF_THIS_MACHINE
+
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Nothing is to be done: it is there."""
 
@@ -130,6 +189,9 @@ class MountedEmulator:
 
         attach(self._attachment, surroundings.user_namespace)
         return self._ipe, self._ipe
+
+    def check(self) -> None:
+        """Nothing of ours serves the tree."""
 
     def end(self) -> None:
         """Hang up, upon which the sandbox's capabilities count no more."""

@@ -53,10 +53,10 @@ class Footing:
     notes: tuple[str, ...] = ()
 
 
-def obtain(*, mountable_only: bool = False, own_files: bool = False) -> Footing:
+def obtain(*, unshiftable: str | None = None, own_files: bool = False) -> Footing:
     """Find out, and if need be enter a user namespace of our own. Must run before this process has threads.
 
-    ``mountable_only``: what is to be seen inside includes a mount whose files cannot be shifted (an emulator's).
+    ``unshiftable`` says what is to be seen inside whose files cannot be given to other ids, if anything is.
     ``own_files``: the tree sees no file system of the host, so that there is nothing to shift.
     CannotEmulateError where the machine does not allow it.
     """
@@ -69,16 +69,15 @@ def obtain(*, mountable_only: bool = False, own_files: bool = False) -> Footing:
         return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0, notes)
     if not namespaces.is_initial():
         return Footing(Kind.PLAIN, _make_user_namespace(namespaces.current_map()), 0)
-    reason = "the files of a mounted emulator"
-    if not mountable_only:
+    if unshiftable is None:
         shifted = _make_user_namespace(_SHIFTED)
         if own_files or _can_shift(shifted):
             return Footing(Kind.SHIFTED, shifted, _SHIFT)
         os.close(shifted)
-        reason = "the files of the root directory's file system"
+        unshiftable = "the files of the root directory's file system"
     note = (
-        f"{reason} cannot be given to other ids: the command runs as this machine's root, with devices and the kernel's"
-        " controls kept from it, but not the services that trust root"
+        f"{unshiftable} cannot be given to other ids: the command runs as this machine's root, with devices and the"
+        " kernel's controls kept from it, but not the services that trust root"
     )
     return Footing(Kind.SHIELDED, _make_user_namespace(namespaces.current_map()), 0, (note,))
 

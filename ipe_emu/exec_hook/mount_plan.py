@@ -271,10 +271,11 @@ class SecurityFs:
     """The emulated securityfs, over the kernel's. ``fuse`` is the descriptor that its server reads."""
 
     fuse: int
+    path: Path = SECURITYFS
 
     def describe(self) -> str:
         """Return what the step does, in words."""
-        return f"mount the emulated securityfs on {shown(SECURITYFS)}"
+        return f"mount the emulated securityfs on {shown(self.path)}"
 
     def execute(self) -> None:
         """Do it."""
@@ -288,7 +289,7 @@ class SecurityFs:
             b"default_permissions": None,
             b"allow_other": None,
         }
-        _attach_new(b"fuse", options, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, SECURITYFS)
+        _attach_new(b"fuse", options, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, self.path)
 
 
 @frozen

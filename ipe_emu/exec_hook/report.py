@@ -41,6 +41,7 @@ class Report:
     _denials: Counter[Denial] = field(factory=Counter, init=False)
     _unjudged: Counter[str] = field(factory=Counter, init=False)
     _undone: Counter[str] = field(factory=Counter, init=False)
+    _corrupted: Counter[str] = field(factory=Counter, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
 
     def denied(self, event: Event, decision: Decision) -> None:
@@ -57,6 +58,11 @@ class Report:
     def not_done(self, subject: Subject | None, call: str, what: str) -> None:
         """Note a call that returned success without being carried out."""
         _count(self._undone, f"{call} of {_name_of(subject)}: {what}")
+
+    def corrupted(self, what: str) -> None:
+        """Note, from any thread, that a block of a volume is not what its root hash vouches for: reading it failed."""
+        with self._lock:
+            _count(self._corrupted, what)
 
     def failed(self, what: str) -> None:
         """Note, from any thread, that a part of the emulator failed: nothing that it answered since counts."""
@@ -80,6 +86,7 @@ class Report:
             yield f"done here, refused by {kernel}: {len(refusals)}; the first: {first.what} ({first.answer})"
             if any(refusal.replaced_signed for refusal in refusals):
                 yield "warning: an unsigned policy replaced a signed one"
+        yield from _listed("corrupted, and reading it (or ahead) answered EIO", self._corrupted)
         yield from _listed("could not be judged", self._unjudged)
         yield from (f"failed: {failure}" for failure in self.failures)
 

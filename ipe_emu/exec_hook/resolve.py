@@ -18,7 +18,9 @@ _PATH_ONLY: Final = os.O_PATH | os.O_CLOEXEC
 _NO_FOLLOW: Final = _PATH_ONLY | os.O_NOFOLLOW
 
 # What a lookup itself answers; any other errno says that we could not look.
-_LOOKUP_ERRORS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
+_LOOKUP_ERRORS: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
+)
 
 _OWN_PROGRAM: Final = b"/proc/self/exe"
 # PROC_ROOT_INO in the kernel

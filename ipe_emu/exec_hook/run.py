@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook import agent, footing, hook, mount_plan
@@ -19,9 +19,12 @@ from ipe_emu.exec_hook.mount_plan import Wanted
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
 from ipe_emu.exec_hook.supervisor import Notifications
+from ipe_emu.exec_hook.volume_mounts import PlannedVolume
 from ipe_emu.integrity.declared import Declared
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
+from ipe_emu.volumes import programs
+from ipe_emu.volumes.image import VerifiedImage
 from ipe_securityfs.control import make_runtime_directory, runtime_directories
 
 #: Returned where an error of ours, or something that could not be judged, stands in for the command's status.
@@ -36,7 +39,8 @@ class RunOptions:
 
     ``make_ipe`` makes the booted emulator, and ``declared`` is what it knows of files; it is called while the sandbox
     is being made. With ``attach`` both are not used: the emulator that is mounted there decides. ``audit_log`` is the
-    file that records are appended to, which the tree may read and not write.
+    file that records are appended to, which the tree may read and not write. ``volumes`` are mounted in this order, as
+    dm-0 and so on; not with ``attach``.
     """
 
     command: Sequence[str]
@@ -46,6 +50,7 @@ class RunOptions:
     audit_log: Path | None = None
     fail_on_deny: bool = False
     debug: bool = False
+    volumes: Sequence[VerifiedImage] = ()
 
 
 def run(options: RunOptions) -> int:
@@ -57,14 +62,19 @@ def run(options: RunOptions) -> int:
     """
     command = Command.inherited(options.command)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would have the kernel reap what we wait for
+    volumes = [_planned(number, image) for number, image in enumerate(options.volumes)]
     emulator: Emulator = (
         MountedEmulator(options.attach)
         if options.attach is not None
-        else OwnEmulator(options.make_ipe, options.declared)
+        else OwnEmulator(
+            options.make_ipe,
+            options.declared,
+            {volume.name: image for volume, image in zip(volumes, options.volumes, strict=True)},
+        )
     )
     concealed = _runtime_directories()
-    standing = footing.obtain(mountable_only=options.attach is not None)
-    blueprint = _blueprint(options, emulator, command, standing, concealed)
+    standing = footing.obtain(unshiftable=_unshiftable(options))
+    blueprint = evolve(_blueprint(options, emulator, command, standing, concealed), volumes=volumes)
     for note in standing.notes:
         _say(note)
     if options.debug:
@@ -119,16 +129,35 @@ def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:
         surroundings = sandbox.surroundings()
         judge, facts = emulator.attach(surroundings)
         exec_hook = hook.ExecHook(
-            judge, facts, report, machine=surroundings.user_namespace, securityfs=surroundings.securityfs_device
+            judge,
+            facts,
+            report,
+            machine=surroundings.user_namespace,
+            securityfs=surroundings.securityfs_device,
+            superblocks=emulator.superblocks,
         )
         notifications = Notifications(exec_hook, Listener(sandbox.listener()), report, sandbox.kill)
         notifications.start()
         status = sandbox.wait()
         notifications.join()
+        emulator.check()
     finally:
         sandbox.kill()
         emulator.end()
     return status
+
+
+def _planned(number: int, image: VerifiedImage) -> PlannedVolume:
+    directory = image.specification.directory
+    if not directory.is_dir():
+        raise UserError(f"--volume: {directory}: no such directory; make it first")
+    return PlannedVolume(f"dm-{number}", directory.resolve(), image.kind, programs.needed(image.kind))
+
+
+def _unshiftable(options: RunOptions) -> str | None:
+    if options.attach is not None:
+        return "the files of a mounted emulator"
+    return "the files of volumes" if options.volumes else None
 
 
 def _runtime_directories() -> list[Path]:

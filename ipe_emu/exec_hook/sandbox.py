@@ -10,7 +10,7 @@ from typing import Final, NoReturn, Self
 
 from attrs import define, field, frozen
 
-from ipe_emu.errors import CannotEmulateError, IpeEmuError, NotJudgedError
+from ipe_emu.errors import CannotEmulateError, IpeEmuError, NotJudgedError, UserError
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.linux import process
 from ipe_emu.linux.process import SignalDescriptor, SignalInfo
@@ -49,11 +49,20 @@ class Surroundings:
     securityfs_device: int
 
 
+@frozen
+class Fuse:
+    """The session to serve: ``descriptor`` of /dev/fuse, and ``root``, an O_PATH one of its root directory."""
+
+    descriptor: int
+    root: int
+
+
 @define(eq=False)
 class Sandbox:
     """A sandbox while it lives; leaving the context ends it, and everything in it.
 
-    The calls come in this order: ``fuse`` if it has a securityfs of its own, ``surroundings``,
+    The calls come in this order: ``fuse`` if it has a securityfs of its own, ``volume`` for each volume that it has,
+    ``surroundings``,
     ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
     kernel refuses something: nothing of the command has run then.
 
@@ -103,10 +112,21 @@ class Sandbox:
         # Through the pidfd: the number may belong to another process once this one was waited for.
         process.send_signal(self._agent_ended, signal.SIGKILL)
 
-    def fuse(self) -> tuple[int, int]:
-        """Wait for the securityfs; return the FUSE descriptor to serve, and an O_PATH one of the mount's root."""
-        fuse, root = self.expect("fuse").fds
-        return fuse, root
+    def fuse(self) -> tuple[Fuse, Surroundings]:
+        """Wait for the FUSE session; return what to serve, and how it looks from inside."""
+        message = self.expect("fuse")
+        values = message.values
+        return Fuse(*message.fds), Surroundings(values["user_namespace"], self._root, values["device"])
+
+    def volume(self) -> tuple[int, int | None]:
+        """Wait for the next volume; return its st_dev, and a pidfd of the program that serves it, if there is one.
+
+        UserError if its file system cannot be mounted.
+        """
+        message = self.expect("volume", "unmountable")
+        if message.kind == "unmountable":
+            raise UserError(f"cannot be mounted: {message.values['why']}")
+        return message.values["device"], message.fds[0] if message.fds else None
 
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""
@@ -145,10 +165,10 @@ class Sandbox:
         with contextlib.suppress(BrokenPipeError):  # what follows finds out why
             self._channel.send(kind)
 
-    def expect(self, kind: str) -> Message:
-        """Wait for a message of one kind. CannotEmulateError if another one comes."""
+    def expect(self, *kinds: str) -> Message:
+        """Wait for a message of one of these kinds. CannotEmulateError if another one comes."""
         message = self.next(self.interrupt)
-        if message.kind != kind:
+        if message.kind not in kinds:
             raise CannotEmulateError(f"the sandbox cannot be made: {message.values.get('why', message.kind)}")
         return message
 

@@ -8,18 +8,22 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from attrs import frozen
 
 from ipe_emu.exec_hook.hook import ExecHook
 from ipe_emu.exec_hook.report import Report
-from ipe_emu.exec_hook.sandbox import Surroundings
+from ipe_emu.exec_hook.sandbox import Fuse, Surroundings
 from ipe_emu.integrity.sources import FactsSource
+from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
 
 if TYPE_CHECKING:
     from ipe_securityfs.mount import Session
+    from ipe_securityfs.subtrees import Content
 
 #: How long a thread may keep the interpreter to itself (seconds; Python's default is 5 ms). While one thread is at
 #: work, a system call waits this long for the other one's answer.
@@ -79,6 +83,17 @@ class Notifications(_Thread):
             self._listener.close()
 
 
+@frozen
+class Served:
+    """What the securityfs of a sandbox shows and goes by; ``images`` come beside it, by their names."""
+
+    ipe: Ipe
+    facts: FactsSource
+    surroundings: Surroundings
+    superblocks: Superblocks
+    images: "Mapping[str, Content]"
+
+
 class SecurityFsServer(_Thread):
     """Serves the emulated securityfs, which the sandbox has mounted already.
 
@@ -91,10 +106,10 @@ class SecurityFsServer(_Thread):
         self._root: int | None = None
         super().__init__("serving the securityfs", self._serve, report, on_failure)
 
-    def serve(self, fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> None:
+    def serve(self, fuse: Fuse, served: Served) -> None:
         """Tell what to serve, and where (`Sandbox.fuse`)."""
-        self._root = fuse[1]
-        self._wanted = functools.partial(_session, fuse, ipe, facts, surroundings)
+        self._root = fuse.root
+        self._wanted = functools.partial(_session, fuse, served)
         self._told.set()
 
     def stop(self) -> None:
@@ -112,20 +127,28 @@ class SecurityFsServer(_Thread):
             self._wanted().run()
 
 
-def _session(fuse: tuple[int, int], ipe: Ipe, facts: FactsSource, surroundings: Surroundings) -> "Session":
+def _session(fuse: Fuse, served: Served) -> "Session":
     from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - as above
     from ipe_securityfs.mount import Session  # noqa: PLC0415
     from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
-    from ipe_securityfs.tree import Owner  # noqa: PLC0415
+    from ipe_securityfs.tree import SECURITY, Owner  # noqa: PLC0415
 
-    descriptor, root = fuse
+    surroundings = served.surroundings
+    beside_others = bool(served.images)
+    below = f"/{SECURITY.decode()}" if beside_others else ""
     mounted_as = MountedAs(
         Credentials(frozenset({surroundings.user_namespace})),
-        facts,
-        removable_at=f"/proc/self/fd/{root}",
+        served.facts,
+        removable_at=f"/proc/self/fd/{fuse.root}{below}",
         device=surroundings.securityfs_device,
+        superblocks=served.superblocks,
         pid_level=1,  # the sandbox's own pid namespace
         size_trick=False,  # the exec hook answers sendfile(2)
     )
     owner = Owner(surroundings.root, surroundings.root)
-    return Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner)
+    target = f"/dev/fd/{fuse.descriptor}"
+    session = Session(served.ipe, target, mounted_as, owner=owner, beside_others=beside_others)
+    for name, content in served.images.items():
+        assert session.subtrees is not None  # noqa: S101 - it has others beside it
+        session.subtrees.add_image(name.encode(), content)
+    return session

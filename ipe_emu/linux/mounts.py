@@ -188,3 +188,12 @@ def mount_at(path: Path | bytes, pid: int | str = "self") -> MountInfo:
         if mount.path == os.fsencode(path):
             return mount
     raise FileNotFoundError(errno.ENOENT, "nothing is mounted there", os.fsdecode(path))
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted at ``path``, as far as mountinfo says."""
+    try:
+        mount_at(path)
+    except FileNotFoundError:
+        return False
+    return True

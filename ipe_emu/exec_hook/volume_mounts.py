@@ -1,0 +1,103 @@
+"""The agent's part in volumes: it mounts the whole FUSE session where nobody sees it, and from it what is to be seen.
+
+The session serves the securityfs and, beside it, the images of the volumes, which the programs that read them open.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from ipe_emu.exec_hook.channel import Channel
+from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs, shown
+from ipe_emu.linux import mounts
+from ipe_emu.volumes import helper
+from ipe_emu.volumes.helper import Mounted
+from ipe_emu.volumes.recognise import Kind
+
+#: A directory that is there, and that nobody needs meanwhile.
+_STAGING: Final = Path("/sys")
+#: The subtrees of the session (``ipe_securityfs.subtrees``).
+_SECURITY: Final = "security"
+_IMAGES: Final = "images"
+
+
+@frozen
+class PlannedVolume:
+    """A volume to be mounted at ``directory``.
+
+    The session serves its image as ``images/NAME``; ``name`` is also what the mapped device is called. ``program``
+    reads file systems of this ``kind``.
+    """
+
+    name: str
+    directory: Path
+    kind: Kind
+    program: str
+
+    def describe(self) -> str:
+        """Return what is done, in words."""
+        return f"mount {self.name}, {self.kind.value} on dm-verity, on {shown(self.directory)} ({self.program})"
+
+
+@frozen
+class Prepared:
+    """Detached mounts, to be attached when all else is in its place."""
+
+    securityfs: int
+    volumes: Sequence[tuple[PlannedVolume, Mounted]]
+
+    def attach(self, channel: Channel) -> None:
+        """Attach them, and send ``volume`` for each volume: its st_dev, and a pidfd of the program that serves it."""
+        mounts.attach(self.securityfs, SECURITYFS)
+        os.close(self.securityfs)
+        for volume, mounted in self.volumes:
+            mounts.attach(mounted.mount, volume.directory)
+            fds = [] if mounted.helper is None else [mounted.helper]
+            channel.send("volume", {"device": os.fstat(mounted.mount).st_dev}, fds)
+            for fd in (mounted.mount, *fds):
+                os.close(fd)
+
+
+def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_namespace: int) -> Prepared:
+    """Mount the session, tell the supervisor, and mount the volumes and the securityfs from it.
+
+    To be done before the host's tree is changed, for the programs need its /dev and /proc. Sends ``fuse`` as soon as
+    there is something to serve, and ``unmountable`` for a volume that cannot be mounted.
+    """
+    mounts.make_private()
+    staging = mounts.new_filesystem(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"700"})
+    mounts.attach(staging, _STAGING)
+    os.close(staging)
+    session, stage = _STAGING / "session", _STAGING / "volume"
+    session.mkdir()
+    stage.mkdir()
+    SecurityFs(fuse, session).execute()
+    send_session(channel, fuse, session, user_namespace)
+    mounted = []
+    for volume in volumes:
+        image = os.open(session / _IMAGES / volume.name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mounted.append((volume, helper.mount(volume.kind, volume.program, image, stage, volume.name)))
+        except OSError as error:
+            channel.send("unmountable", {"why": error.strerror})
+            raise
+        finally:
+            os.close(image)
+    securityfs = mounts.clone(session / _SECURITY, recursive=False)
+    mounts.detach(bytes(_STAGING))
+    return Prepared(securityfs, mounted)
+
+
+def send_session(channel: Channel, fuse: int, mounted_at: Path, user_namespace: int) -> None:
+    """Send ``fuse``: the session's descriptor, which is closed here, its root directory, and how it looks from inside.
+
+    ``user_namespace`` is a descriptor of the tree's.
+    """
+    root = os.open(mounted_at, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    seen = {"device": mounts.mount_at(mounted_at).device, "user_namespace": os.fstat(user_namespace).st_ino}
+    channel.send("fuse", seen, [fuse, root])
+    os.close(fuse)
+    os.close(root)
