@@ -16,6 +16,7 @@ class Profile:
     ``audits_failed_loads``: a load that fails writes a 1422 record with ``res=0``.
     ``audits_errno``: 1422 records end with ``errno=``.
     ``execve_check``: execveat(2) knows AT_EXECVE_CHECK, and IPE the hook BPRM_CREDS_FOR_EXEC.
+    ``strict_cpio_headers``: an initramfs whose headers hold anything but hexadecimal digits is damaged.
     ``dm_verity_keyring``: dm-verity has a keyring of its own, ``.dm-verity``.
     ``unsigned_policies``: op=POLICY can admit an unsigned policy, and ``activate`` also names ``active``.
     ``unavailable_hashes``: digests that are known to the PKCS#7 parser and not built into the recorded kernel.
@@ -25,6 +26,7 @@ class Profile:
     audits_failed_loads: bool = False
     audits_errno: bool = False
     execve_check: bool = False
+    strict_cpio_headers: bool = False
     dm_verity_keyring: bool = False
     unsigned_policies: bool = False
     unavailable_hashes: frozenset[str] = frozenset()
@@ -39,6 +41,7 @@ _LINUX_7_3 = Profile(
     audits_failed_loads=True,
     audits_errno=True,
     execve_check=True,
+    strict_cpio_headers=True,
     dm_verity_keyring=True,
     unavailable_hashes=_NO_STREEBOG | {"sm3"},
 )

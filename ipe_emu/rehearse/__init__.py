@@ -1,1 +1,1 @@
-"""Booting: disks, device-mapper, mounts, PID 1 and the report of a rehearsed machine."""
+"""A whole boot, rehearsed: the image, disks, device-mapper, mounts, PID 1, and the report of what happened."""
