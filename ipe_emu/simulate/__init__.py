@@ -5,4 +5,5 @@ known.py      what is known of its files
 ld_so.py      which libraries a dynamic linker maps for a program, in which order
 ld_cache.py   /etc/ld.so.cache
 judge.py      what becomes of each file under a policy
+census.py     which files there are to be asked about, whatever the policy
 """

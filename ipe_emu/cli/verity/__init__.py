@@ -3,7 +3,7 @@
 import argparse
 
 from ipe_emu.cli.subparsers import Subparsers
-from ipe_emu.cli.verity import dm_format, dm_roothash, dm_verify, fs_digest, fs_sign
+from ipe_emu.cli.verity import dm_format, dm_roothash, dm_verify, fs_digest, fs_sign, scan
 
 
 def add_parser(commands: Subparsers, line: str) -> None:
@@ -23,3 +23,4 @@ def add_parser(commands: Subparsers, line: str) -> None:
         ).add_subparsers(title="commands", dest=f"verity_{kind}_command", metavar="COMMAND", required=True)
         for module in modules:
             module.add_parser(inner)
+    scan.add_parser(kinds)
