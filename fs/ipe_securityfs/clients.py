@@ -10,6 +10,7 @@ from typing import Final
 
 from attrs import field, frozen
 
+from ipe_emu.audit import UNSET_ID
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import capabilities, mountinfo, procfs, syscalls
@@ -40,11 +41,12 @@ class Credentials:
 
     ``user_namespaces`` are the rehearsed machine's own (inode numbers of /proc/PID/ns/user): a capability in any other
     one, such as that of root in a nested namespace, is none. ``assume_for_uid`` is the user who is given CAP_MAC_ADMIN
-    on his own mount without having it, or None.
+    on his own mount without having it, or None. ``root`` is what the machine's uid 0 is outside of it.
     """
 
     user_namespaces: frozenset[int]
     assume_for_uid: int | None = None
+    root: int = 0
     _links: frozenset[str] = field(init=False)
 
     @_links.default
@@ -54,6 +56,14 @@ class Credentials:
     def opener(self, tid: int) -> Opener:
         """Sample the credentials that ``file_ns_capable()`` will look at. What cannot be read is no capability."""
         return _MAC_ADMIN if tid > 0 and self._has_mac_admin(tid) else WITHOUT_CAPABILITY
+
+    def login(self, tid: int) -> Login:
+        """What audit records name of a thread, as the machine numbers users; unset where it cannot be read."""
+        try:
+            auid, ses = procfs.login_ids(tid)
+        except (OSError, ValueError):
+            return Login()
+        return Login(auid - self.root if self.root <= auid != UNSET_ID else UNSET_ID, ses)
 
     def _has_mac_admin(self, tid: int) -> bool:
         try:
@@ -69,14 +79,6 @@ class Credentials:
 #: What any opener is, for all that the model asks of it. A thread with the number 0 is outside this pid namespace.
 WITHOUT_CAPABILITY: Final = Opener(cap_mac_admin=False)
 _MAC_ADMIN: Final = Opener(cap_mac_admin=True)
-
-
-def login_of(tid: int) -> Login:
-    """Return what audit records name of a thread; unset where it cannot be read."""
-    try:
-        return Login(*procfs.login_ids(tid))
-    except (OSError, ValueError):
-        return Login()
 
 
 @frozen

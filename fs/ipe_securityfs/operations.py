@@ -50,7 +50,6 @@ from ipe_securityfs.clients import (
     WaitingWrite,
     executable_of,
     find_write,
-    login_of,
     reads_at_position,
     same_call,
     subject_of,
@@ -445,7 +444,7 @@ class Operations(pyfuse3.Operations):
             # Nearly every write is a boolean by its node's opener, and must be quick.
             if node.write is None or not self._is_plain(handle, len(buf)):
                 return await self._write(handle, off, buf)
-            writer = _writer_in(handle, handle.tid)
+            writer = self._writer_in(handle, handle.tid)
             if node.waits:
                 await self._judge(node, buf, writer)
             else:
@@ -489,7 +488,7 @@ class Operations(pyfuse3.Operations):
         if unsigned and write is not None:
             writer = self._program_in(handle, write)
         else:
-            writer = _writer_in(handle, handle.tid if write is None else write.tid)
+            writer = self._writer_in(handle, handle.tid if write is None else write.tid)
         if write is None or (write.count == len(data) and len(write.segments) == 1):
             await self._judge(node, data, writer)
             _move(handle, write, offset + len(data))
@@ -519,7 +518,7 @@ class Operations(pyfuse3.Operations):
             error = KernelError(errno.EACCES, _why_not_seen(handle.tid), "")
             log.warning("%s: write refused: %s", handle.node.path, error.reason)
             if handle.node.takes_policy:
-                self._ipe.refuse_load(error, _writer_in(handle, handle.tid))
+                self._ipe.refuse_load(error, self._writer_in(handle, handle.tid))
             raise error
         return write
 
@@ -580,7 +579,7 @@ class Operations(pyfuse3.Operations):
             if not handle.opener.cap_mac_admin:  # every handler asks that first
                 refused = KernelError(errno.EPERM, "the node was opened without CAP_MAC_ADMIN", handle.node.path)
             if takes_policy:
-                self._ipe.refuse_load(refused, _writer_in(handle, write.tid))
+                self._ipe.refuse_load(refused, self._writer_in(handle, write.tid))
             raise refused from None
 
     async def _judge(self, node: File, content: bytes, writer: Writer) -> None:
@@ -602,6 +601,10 @@ class Operations(pyfuse3.Operations):
             )
         await trio.to_thread.run_sync(node.write, content, writer)
 
+    def _writer_in(self, handle: _Handle, tid: int) -> Writer:
+        """Return a writer, of whom it is known that ``tid`` is the thread that waits."""
+        return Writer(handle.opener, _NOBODY, login=functools.partial(self.mounted_as.credentials.login, tid))
+
     def _program_in(self, handle: _Handle, write: WaitingWrite) -> Writer:
         """Return a writer of an unsigned policy, of whom it matters which program it is."""
         try:
@@ -612,7 +615,7 @@ class Operations(pyfuse3.Operations):
         return Writer(
             handle.opener,
             subject,
-            login=functools.partial(login_of, write.tid),
+            login=functools.partial(self.mounted_as.credentials.login, write.tid),
             executable=lambda: executable_of(write.tid, facts, superblocks),
             read_policy_file=PolicyFileReader(write.tid, subject.pid, facts, superblocks, self.mounted_as.device),
         )
@@ -670,11 +673,6 @@ async def _from_writer(read: Callable[[*Arguments], Value], *arguments: *Argumen
         if error.errno == errno.EFAULT:
             raise KernelError(errno.EFAULT, "the data is not in the writer's memory", "copy_from_user") from None
         raise KernelError(errno.EACCES, f"the writer's memory cannot be read: {error}", "") from None
-
-
-def _writer_in(handle: _Handle, tid: int) -> Writer:
-    """Return a writer, of whom it is known that ``tid`` is the thread that waits."""
-    return Writer(handle.opener, _NOBODY, login=functools.partial(login_of, tid))
 
 
 def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:

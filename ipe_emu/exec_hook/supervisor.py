@@ -137,7 +137,7 @@ def _session(fuse: Fuse, served: Served) -> "Session":
     beside_others = bool(served.images)
     below = f"/{SECURITY.decode()}" if beside_others else ""
     mounted_as = MountedAs(
-        Credentials(frozenset({surroundings.user_namespace})),
+        Credentials(frozenset({surroundings.user_namespace}), root=surroundings.root),
         served.facts,
         removable_at=f"/proc/self/fd/{fuse.root}{below}",
         device=surroundings.securityfs_device,

@@ -32,6 +32,19 @@ def test_records_number_processes_as_the_machine_does(emu: Runner) -> None:
     assert by_writer == by_hook == {own}, records
 
 
+def test_records_number_users_as_the_machine_does(emu: Runner) -> None:
+    """Whatever the ids of the sandbox are outside. On a kernel without audit nobody logs in."""
+    log = emu.place / "audit.log"
+    script = (
+        "if [ -e /proc/self/loginuid ]; then echo 0 > /proc/self/loginuid; cat /proc/self/loginuid;"
+        " else echo 4294967295; fi;"
+        " echo 0 > /sys/kernel/security/ipe/enforce"
+    )
+    done = emu.shell(script, *emu.with_policy(), "--audit-log", str(log))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r" auid=(\d+) ", log.read_text()) == [done.stdout.strip()]
+
+
 def test_nobody_sees_a_size(emu: Runner) -> None:
     """sendfile(2) is refused here, and so no reader needs to be shown one."""
     done = emu.shell(

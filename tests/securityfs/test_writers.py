@@ -409,3 +409,23 @@ def test_a_write_beyond_the_end_of_memory_writes_nothing(
     finally:
         os.close(fd)
     assert (shared.ipe / "success_audit").read_bytes() == b"0"
+
+
+@pytest.mark.parametrize("node", ["enforce", "new_policy"])
+def test_a_record_names_the_login_of_the_writer(mount: Mount, node: str) -> None:
+    """And not the opener's: the kernel asks audit_get_loginuid(current)."""
+    emulator = mount()
+    code = (
+        "fd = os.open(sys.argv[1], os.O_WRONLY)\n"
+        "def login(number):\n"
+        "    if os.path.exists('/proc/self/loginuid'): open('/proc/self/loginuid', 'w').write(number)\n"
+        "login('1234')\n"
+        "child = os.fork()\n"
+        "if not child: login('1235')\n"
+        "if child: os.waitpid(child, 0)\n"
+        "os.write(fd, b'0' if not child else b'1')"
+    )
+    python(code, emulator.ipe / node)
+    logins = [record.partition(" auid=")[2].split()[0] for record in emulator.records() if " auid=" in record]
+    # Nobody logs in on a kernel without audit.
+    assert logins == (["1235", "1234"] if Path("/proc/self/loginuid").exists() else ["4294967295"] * 2)
