@@ -1,9 +1,9 @@
 # Every target does all its own set-up: a fresh clone, python3 (3.11 or newer), make and git are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak clean
+.PHONY: help setup demo test lint bench soak reference-kernel conformance clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-6s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-16s %s\n' "$$target" "$$text"; done
 
 setup: ## make .venv/ and install what it needs (idempotent; quick when there is nothing to do)
 	@scripts/setup
@@ -22,6 +22,12 @@ bench: setup ## measure the targets, side by side in one run
 
 soak: setup ## the long loops: mounts, kills and writers for minutes
 	@.venv/bin/python scripts/soak.py
+
+reference-kernel: setup ## build the real kernels to compare with (User-Mode Linux, from Debian's sources; cached)
+	@.venv/bin/python -m scripts.reference_kernel
+
+conformance: setup ## put generated sequences to the real kernels and to the emulator (as root; half an hour)
+	@.venv/bin/python -m scripts.conformance
 
 clean: ## remove .venv/ and every cache
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis ipe_emu.egg-info

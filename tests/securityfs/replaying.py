@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ipe_emu.linux import syscalls
 from tests.securityfs import acting
 from tests.securityfs.acting import Actor, Step, failed
 from tests.securityfs.emulator import Emulator, environment, mounted
+from tests.securityfs.identities import become
 from tests.securityfs.policies import signed
 from tests.vectors import load
 
-MAC_ADMIN_BIT = 1 << 1
 TYPES = {"MAC_STATUS": 1404, "IPE_ACCESS": 1420, "IPE_CONFIG_CHANGE": 1421, "IPE_POLICY_LOAD": 1422}
 #: What depends on the machine that recorded: everything else must be equal.
 MACHINE_S_OWN = re.compile(r'\b(pid|ino|auid|ses)=\d+|\b(comm|dev|path)=("[^"]*"|\w+)')
@@ -43,13 +42,7 @@ class Recorder(Actor):
         child = os.fork()
         if child == 0:
             try:
-                if who == "uid 1000":
-                    os.setgroups([])
-                    os.setresgid(1000, 1000, 1000)
-                    os.setresuid(1000, 1000, 1000)
-                else:
-                    assert who == "root without CAP_MAC_ADMIN", who
-                    drop_mac_admin()
+                become(who)
                 os.write(writable, json.dumps(self.act(step)).encode())
             finally:
                 os._exit(0)
@@ -58,16 +51,6 @@ class Recorder(Actor):
             said = stream.read()
         os.waitpid(child, 0)
         return json.loads(said)
-
-
-def drop_mac_admin() -> None:
-    header, sets = syscalls.writable(8), syscalls.writable(24)
-    header.raw = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)
-    syscalls.call("capget", header, sets)
-    effective_high = 12  # of two words each: effective, permitted, inheritable; CAP_MAC_ADMIN is bit 33
-    word = int.from_bytes(sets.raw[effective_high : effective_high + 4], sys.byteorder) & ~MAC_ADMIN_BIT
-    sets.raw = sets.raw[:effective_high] + word.to_bytes(4, sys.byteorder) + sets.raw[effective_high + 4 :]
-    syscalls.call("capset", header, sets)
 
 
 def normal(text: str) -> str:

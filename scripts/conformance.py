@@ -1,0 +1,163 @@
+"""Put generated sequences to real kernels and to the emulator, and compare every answer and every audit record.
+
+usage: python -m scripts.conformance [--seed N] [--sequences N] [--steps N] [--kernel SERIES] [--way mount|run]
+
+The kernels are User-Mode Linux (scripts/reference_kernel.py), built first where they are missing. A difference is
+shrunk and printed as a script. The same seed gives the same sequences; --batch repeats one batch of a run.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+from attrs import frozen
+
+from scripts import reference_kernel
+from tests.conformance import known
+from tests.conformance.compare import Count, Difference, compare
+from tests.conformance.generate import Generator, Step
+from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, UserModeLinux
+from tests.conformance.shell_script import shell_script
+from tests.conformance.shrink import shrink
+
+WAYS = ("mount", "run")
+PER_BATCH = 40
+
+
+@frozen
+class Batch:
+    """Some sequences for one kernel and one way into the emulator; ``number`` and the seed say which."""
+
+    seed: int
+    number: int
+    kernel: UserModeLinux
+    profile: str
+    way: str
+    sequences: int
+    steps: int
+
+    @property
+    def emulator(self) -> MountedEmulator:
+        """The emulator that is asked."""
+        return RunningEmulator(self.profile) if self.way == "run" else MountedEmulator(self.profile)
+
+    @property
+    def known(self) -> tuple[known.Explanation, ...]:
+        """What is in the README's table."""
+        return known.RUN if self.way == "run" else known.MOUNT
+
+    def describe(self) -> str:
+        """What it compared, and how to repeat it."""
+        return f"{self.kernel.name} and {self.emulator.name} (--seed {self.seed} --batch {self.number})"
+
+    def compare(self, sequences: list[list[Step]]) -> tuple[Count, list[Difference]]:
+        """Put sequences to both machines."""
+        return compare(self.kernel, self.emulator, sequences, self.known)
+
+    def run(self) -> tuple[Count, list[Difference]]:
+        """Generate the sequences, and put them to both machines."""
+        generator = Generator(self.seed * 1_000_003 + self.number)
+        executing = self.way == "run"
+        return self.compare([generator.sequence(self.steps, executing=executing) for _ in range(self.sequences)])
+
+    def shrunk(self, difference: Difference) -> Difference | None:
+        """The smallest sequence that shows a difference; None where the sequence alone shows none."""
+
+        def differing(candidates: list[list[Step]]) -> list[bool]:
+            _, found = self.compare(candidates)
+            return [any(other.sequence is candidate for other in found) for candidate in candidates]
+
+        _, found = self.compare([difference.sequence[: difference.step]])
+        if not found:
+            return None
+        smallest = shrink(difference.sequence[: difference.step], differing)
+        return self.compare([smallest])[1][0]
+
+
+def batches(options: argparse.Namespace, kernels: list[reference_kernel.Kernel]) -> Iterator[Batch]:
+    """The batches of a run: kernels and ways take turns."""
+    ways = [options.way] if options.way else list(WAYS)
+    left = options.sequences
+    number = 0
+    while left > 0:
+        kernel = kernels[number % len(kernels)]
+        way = ways[number // len(kernels) % len(ways)]
+        size = min(PER_BATCH, left)
+        machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}")
+        yield Batch(options.seed, number, machine, kernel.profile, way, size, options.steps)
+        left -= size
+        number += 1
+
+
+def show(batch: Batch, difference: Difference) -> None:
+    """Print a difference, shrunk if it can be."""
+    print(f"\nDIFFERENCE: {batch.describe()}")
+    shrunk = batch.shrunk(difference)
+    if shrunk is None:
+        print("it needs the sequences before it: alone, the sequence shows none")
+        shrunk = difference
+    print(shrunk.describe())
+    print(
+        "as a script:\n" + "\n".join(f"    {line}" for line in shell_script(shrunk.sequence, shrunk.base).splitlines()),
+        flush=True,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run; 0 without differences, 1 with some, 77 where no reference kernel can be had."""
+    parser = argparse.ArgumentParser(description="Compare the emulator with real kernels.")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31), help="repeat a run")
+    parser.add_argument("--sequences", type=int, default=2000, help="how many, over both kernels (default: 2000)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each (default: 50)")
+    parser.add_argument("--kernel", choices=reference_kernel.SERIES, help="only this one")
+    parser.add_argument("--way", choices=WAYS, help="only this way into the emulator")
+    parser.add_argument("--batch", type=int, help="only this batch of the run")
+    parser.add_argument("--most", type=int, default=10, help="differences to shrink and print (default: 10)")
+    options = parser.parse_args(arguments)
+    if os.geteuid():
+        print("conformance: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
+        return 77
+    series = [options.kernel] if options.kernel else list(reference_kernel.SERIES)
+    reference_kernel.main(series)
+    kernels = [kernel for name in series if (kernel := reference_kernel.built(name))]
+    if not kernels:
+        return 77
+    print(f"seed {options.seed}: {options.sequences} sequences of {options.steps} steps", flush=True)
+    total, shown, found, broken = Count(), 0, 0, 0
+    start = time.monotonic()
+    wanted = [batch for batch in batches(options, kernels) if options.batch in (None, batch.number)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        running: dict[Future[tuple[Count, list[Difference]]], Batch] = {
+            pool.submit(batch.run): batch for batch in wanted
+        }
+        for future in as_completed(running):
+            batch = running[future]
+            try:
+                count, differences = future.result()
+            except MachineError as error:
+                broken += 1
+                print(f"\nBROKEN: {batch.describe()}: {error}")
+                continue
+            total += count
+            found += len(differences)
+            minutes = (time.monotonic() - start) / 60
+            print(
+                f"{minutes:5.1f} min: {total.sequences} sequences, {total.steps} steps, {total.records} records,"
+                f" {found} differences", flush=True,
+            )  # fmt: skip
+            for difference in differences[: max(options.most - shown, 0)]:
+                show(batch, difference)
+                shown += 1
+    print(
+        f"{total.sequences} sequences, {total.steps} steps and {total.records} audit records compared with"
+        f" {' and '.join(f'Linux {kernel.package_version}' for kernel in kernels)}: {found} differences"
+    )
+    return 1 if found or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

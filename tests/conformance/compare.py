@@ -1,0 +1,91 @@
+"""Put batches of sequences to two machines, and find where their answers differ."""
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from attrs import frozen
+
+from tests.conformance.generate import FIRST, LAST, Step, concrete, reset
+from tests.conformance.known import Explanation
+
+Answers = list[dict[str, Any]]
+BATCH = LAST - FIRST
+
+
+class Machine(Protocol):
+    """Something that answers sequences of steps."""
+
+    @property
+    def name(self) -> str:
+        """What differences call it."""
+
+    def answer(self, batch: list[list[Step]]) -> list[Answers]:
+        """The answers to each step of each sequence."""
+
+
+@frozen
+class Difference:
+    """The first step of a sequence that was answered differently; steps count from 1, without the reset."""
+
+    sequence: list[Step]
+    base: int
+    step: int
+    field: str
+    kernel: Any
+    emulator: Any
+
+    def describe(self) -> str:
+        done = "the reset" if self.step == 0 else str(self.sequence[self.step - 1])
+        return f"step {self.step} {self.field}: {done}\n  kernel   {self.kernel}\n  emulator {self.emulator}"
+
+
+@frozen
+class Count:
+    """How much was compared."""
+
+    sequences: int = 0
+    steps: int = 0
+    records: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.sequences + other.sequences, self.steps + other.steps, self.records + other.records)
+
+
+def compare(
+    kernel: Machine, emulator: Machine, sequences: list[list[Step]], known: Collection[Explanation] = ()
+) -> tuple[Count, list[Difference]]:
+    """Put at most ``BATCH`` sequences to both. Each starts from a reset, in the same order on both."""
+    assert len(sequences) <= BATCH
+    # The first reset finds machines that were started differently; what it recorded is not compared.
+    batch = [[reset(FIRST)]]
+    batch += [
+        [reset(base), *(concrete(step, base) for step in sequence)]
+        for base, sequence in enumerate(sequences, FIRST + 1)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        ours = pool.submit(emulator.answer, batch)
+        theirs = kernel.answer(batch)
+        answers = ours.result()
+    count, differences = Count(), []
+    for base, (sequence, got, wanted) in enumerate(zip(sequences, answers[1:], theirs[1:], strict=True), FIRST + 1):
+        records = sum(len(answer["audit"]) for answer in wanted)
+        count += Count(1, len(sequence), records)
+        first = first_difference(sequence, got, wanted, known)
+        if first is not None:
+            step, field = first
+            differences.append(Difference(sequence, base, step, field, wanted[step][field], got[step][field]))
+    return count, differences
+
+
+def first_difference(
+    sequence: list[Step], got: Answers, wanted: Answers, known: Collection[Explanation] = ()
+) -> tuple[int, str] | None:
+    """The first step (0 is the reset) and its field that differ and are in no table."""
+    for number, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        for field in ("result", "audit"):
+            if mine[field] != theirs[field] and not (
+                number and any(explains(sequence[:number], field, mine[field], theirs[field]) for explains in known)
+            ):
+                return number, field
+    return None

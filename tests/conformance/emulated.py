@@ -1,0 +1,48 @@
+"""Put a batch to the emulator: start it, and let the driver ask it as it asks a kernel.
+
+usage: python -m tests.conformance.emulated (mount | run) PROFILE WORK     (as root, in a mount namespace of its own)
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conformance import driver, machines
+from tests.securityfs.emulator import mounted
+from tests.vectors import BOOT_POLICY, KEYS
+
+MOUNT = "/usr/bin/mount"
+
+
+def main(arguments: list[str]) -> int:
+    way, profile, work = arguments
+    subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt"], check=True)
+    for name in ("initramfs", "batch", "securityfs"):
+        os.mkdir(f"/mnt/{name}")  # noqa: PTH102
+    subprocess.run([MOUNT, "--bind", work, "/mnt/batch"], check=True)
+    batch, answers = "/mnt/batch/batch.json", "/mnt/batch/answers.json"
+    if way == "mount":
+        with mounted(Path("/mnt/securityfs"), kernel=profile) as emulator:
+            driver.main([batch, answers, str(emulator.directory), str(emulator.audit_log)])
+        return 0
+    subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt/initramfs"], check=True)
+    machines.fill(Path("/mnt/initramfs"))
+    log = Path(work, "audit")
+    log.touch()
+    command = [
+        sys.executable, "-m", "ipe_emu", "run", "--kernel", profile, "--boot-policy", str(BOOT_POLICY),
+        "--builtin-keys", str(KEYS / "builtin-trusted.pem"), "--boot-verified", "/mnt/initramfs",
+        "--cmdline", "ipe.enforce=0", "--audit-log", "/mnt/batch/audit", "--",
+        sys.executable, "-m", "tests.conformance.driver", batch, answers, "/sys/kernel/security", "/mnt/batch/audit",
+        "executing",
+    ]  # fmt: skip
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
+    }  # fmt: skip
+    return subprocess.run(command, check=False, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
