@@ -16,7 +16,8 @@ from ipe_emu import audit
 from ipe_emu.audit import AuditedPolicy, AuditRecord
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.facts import NO_FACTS
+from ipe_emu.integrity.facts import NO_FACTS, Digest
+from ipe_emu.integrity.fsverity_signature import verify_signature
 from ipe_emu.keyring import Keyrings
 from ipe_emu.pkcs7 import verify_pkcs7_signature
 from ipe_emu.policy.evaluate import Match, Verdict, evaluate
@@ -356,6 +357,10 @@ class Ipe:
         text = verify_pkcs7_signature(data, self.keyrings, unavailable_hashes=self.profile.unavailable_hashes)
         policy = parse_policy(text)
         return _Content(policy, RuleIndex(policy), text, data)
+
+    def verify_fsverity_signature(self, digest: Digest, signature: bytes) -> None:
+        """Raise KernelError unless the keyring ``.fs-verity`` verifies a file's builtin signature."""
+        verify_signature(digest, signature, self.keyrings, unavailable_hashes=self.profile.unavailable_hashes)
 
     def _gate(self, writer: Writer, file: File | None) -> None:
         """Let an unsigned policy pass only where a rule of the active policy allows op=POLICY for ``file``.

@@ -90,7 +90,10 @@ class Connection:
         self.lines.socket.close()
 
     def request(self, name: str, **fields: object) -> Message:
-        """Ask and return the answer. RequestError with the emulator's words, UserError if it does not answer."""
+        """Ask and return the answer.
+
+        RequestError or NotJudgedError with the emulator's words, UserError if it does not answer.
+        """
         try:
             self.lines.send({"request": name, **fields})
             answer = self.lines.receive()
@@ -99,7 +102,8 @@ class Connection:
         if answer is None:
             raise UserError(f"{self.mountpoint}: the emulator ended")
         if "error" in answer:
-            raise RequestError(str(answer["error"]))
+            failure = NotJudgedError if answer.get("not_judged") else RequestError
+            raise failure(str(answer["error"]))
         return answer
 
     def follow(self) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import Final
 from attrs import field, frozen
 
 from ipe_emu.audit import UNSET_ID
+from ipe_emu.errors import NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import capabilities, mountinfo, procfs, syscalls
@@ -295,5 +296,5 @@ def executable_of(pid: int, facts: FactsSource, superblocks: Superblocks) -> Fil
             return describe(pid, fd, facts, superblocks)
         finally:
             os.close(fd)
-    except OSError:
+    except (OSError, NotJudgedError):
         return None

@@ -12,7 +12,7 @@ from typing import Final
 
 from attrs import frozen
 
-from ipe_emu.errors import KernelError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs, syscalls
@@ -53,7 +53,7 @@ class PolicyFileReader:
                 os.close(fd)
         except KernelError:
             raise
-        except (OSError, ValueError, NotImplementedError) as error:
+        except (OSError, ValueError, NotImplementedError, NotJudgedError) as error:
             number = error.errno if isinstance(error, OSError) else None
             raise KernelError(number or errno.EACCES, f"{os.fsdecode(path)!r}: {error}", _FUNCTION) from None
 

@@ -16,9 +16,8 @@ from typing import Any, Final, NoReturn
 from attrs import define
 
 from ipe_emu.audit import AuditRecord, RecordType, format_line
-from ipe_emu.errors import KernelError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.facts import Facts
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.lsm import Ipe, LoadedPolicy
@@ -123,7 +122,7 @@ class Service:
             case "process_event":
                 return self._process_event(request)
             case "facts":
-                return {"facts": facts_out(self._facts_of(request))}
+                return self._facts(request)
             case "follow":
                 self._follow(lines)
                 return None
@@ -165,6 +164,8 @@ class Service:
             file = None if path is None else self._file_at(bytes_of(path))
         except OSError as error:  # KernelError is one
             return {"error": f"{request.get('path')!r}: {error.strerror}"}
+        except NotJudgedError as error:
+            return {"error": f"{request.get('path')!r}: {error}", "not_judged": True}
         with self.tap.collecting() as records:
             decision = self.ipe.process_event(operation, hook, subject, file)
         return decision_out(decision) | {
@@ -188,8 +189,12 @@ class Service:
         operation, hook = _operation_and_hook(request)
         return decision_out(self.ipe.process_event(operation, hook, subject_in(request), file_in(request.get("file"))))
 
-    def _facts_of(self, request: Message) -> Facts:
-        return self.facts.facts_of(location_in(request.get("place")), stat_in(request.get("stat")), _no_content)
+    def _facts(self, request: Message) -> Message:
+        place, st = location_in(request.get("place")), stat_in(request.get("stat"))
+        try:
+            return {"facts": facts_out(self.facts.facts_of(place, st, _no_content))}
+        except NotJudgedError as error:
+            return {"error": str(error), "not_judged": True}
 
     # -- connections that last ----------------------------------------------------------------------------------------
 

@@ -52,13 +52,16 @@ def run(args: argparse.Namespace) -> int:
     declared = declared_of(args)
     ipe = build_ipe(args, profile, open_audit_log(args.audit_log))
     _say_what_is_missing(args, profile)
+    from ipe_emu.integrity.kernel_state import KernelState
+    from ipe_emu.linux.verity_state import VerityState
     from ipe_securityfs.daemon import MountOptions, mount_in_background, mount_in_foreground
 
+    facts = KernelState(declared, VerityState(), ipe.verify_fsverity_signature)
     options = MountOptions(args.directory, force=args.force, assume_mac_admin=args.assume_mac_admin)
     if args.foreground:
-        mount_in_foreground(ipe, declared, options, _say_where)
+        mount_in_foreground(ipe, facts, options, _say_where)
     else:
-        _say_where(mount_in_background(ipe, declared, options))
+        _say_where(mount_in_background(ipe, facts, options))
     return exit_status.OK
 
 

@@ -7,11 +7,13 @@ import struct
 from collections.abc import Callable
 from contextlib import closing
 
+from attrs import frozen
+
 from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity.block_hashes import BlockHasher
 from ipe_emu.integrity.facts import Digest
 from ipe_emu.integrity.hash_workers import Progress, hash_file, no_progress
-from ipe_emu.integrity.merkle import Shape, TreeBuilder
+from ipe_emu.integrity.merkle import BlockWriter, Shape, TreeBuilder, nothing_written
 
 #: The hash algorithms fs-verity knows, with their numbers in struct fsverity_descriptor.
 HASH_ALGORITHMS = {"sha256": 1, "sha512": 2}
@@ -19,10 +21,21 @@ DEFAULT_BLOCK_SIZE = 4096
 #: Bytes. A kernel takes those up to the size of its pages, and of its file system's blocks.
 BLOCK_SIZES = tuple(1024 << power for power in range(7))
 MAX_SALT_SIZE = 32
+#: What a descriptor of 16 KiB leaves (``FS_VERITY_MAX_SIGNATURE_SIZE``).
+MAX_SIGNATURE_SIZE = 16128
 _MAX_LEVELS = 8
 
 #: Asks the kernel for the digest of a sealed file: the algorithm's number and the digest; OSError as the ioctl.
 MeasureVerity = Callable[[int], tuple[int, bytes]]
+
+
+@frozen
+class Parameters:
+    """What a digest depends on besides the content: ``block_size`` is bytes, ``salt`` at most 32 bytes."""
+
+    algorithm: str = "sha256"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    salt: bytes = b""
 
 
 def measure(
@@ -36,11 +49,25 @@ def measure(
 ) -> Digest:
     """Compute the digest that FS_IOC_MEASURE_VERITY would give for the open file ``fd``, without sealing it.
 
-    ``block_size`` is bytes, one of ``BLOCK_SIZES``; ``salt`` at most 32 bytes; ``jobs`` processes share the work.
+    ``block_size`` is bytes, one of ``BLOCK_SIZES``; ``jobs`` processes share the work. Errors as ``descriptor``.
+    """
+    parameters = Parameters(algorithm, block_size, salt)
+    return file_digest(algorithm, descriptor(fd, parameters, jobs=jobs, progress=progress))
+
+
+def file_digest(algorithm: str, descriptor: bytes) -> Digest:
+    """Return the digest of a file with this descriptor (``fsverity_compute_file_digest()``)."""
+    return Digest(algorithm, hashlib.new(algorithm, descriptor).digest())
+
+
+def descriptor(fd: int, parameters: Parameters, *, jobs: int = 1, progress: Progress = no_progress) -> bytes:
+    """Compute struct fsverity_descriptor of the open file ``fd``, without a signature.
+
     KernelError EINVAL for an algorithm that fs-verity does not have, EFBIG for a file that is too large for these
     parameters, EIO for one that is cut meanwhile; UserError for other wrong parameters; OSError as pread(2). Memory is
     bounded whatever the file's size. Moves the file's offset.
     """
+    algorithm, block_size, salt = parameters.algorithm, parameters.block_size, parameters.salt
     if algorithm not in HASH_ALGORITHMS:
         raise KernelError(errno.EINVAL, f"fs-verity has no hash algorithm {algorithm!r}", "fsverity_get_hash_alg")
     if block_size not in BLOCK_SIZES:
@@ -48,31 +75,76 @@ def measure(
     if len(salt) > MAX_SALT_SIZE:
         raise UserError(f"salt has {len(salt)} bytes; it has {MAX_SALT_SIZE} at most")
     size = os.fstat(fd).st_size
-    root = _root_hash(fd, size, algorithm, block_size, salt, jobs, progress) if size else b""
+    root = _tree(fd, size, parameters, jobs=jobs, progress=progress).root() if size else b""
     # struct fsverity_descriptor: version, hash_algorithm, log_blocksize, salt_size, sig_size, data_size,
     # root_hash[64], salt[32], reserved[144].
-    descriptor = struct.pack(
+    return struct.pack(
         "<BBBBIQ64s32s144x",
         1, HASH_ALGORITHMS[algorithm], block_size.bit_length() - 1, len(salt), 0, size, root, salt,
     )  # fmt: skip
-    return Digest(algorithm, hashlib.new(algorithm, descriptor).digest())
 
 
-def _root_hash(
-    fd: int, size: int, algorithm: str, block_size: int, salt: bytes, jobs: int, progress: Progress
-) -> bytes:
-    unsalted = hashlib.new(algorithm)
-    # The salt is padded with zeros to the hash function's own block size.
-    prefix = salt + bytes(-len(salt) % unsalted.block_size)
-    hasher = BlockHasher(algorithm, None, block_size, unsalted.digest_size, prefix, b"")
-    shape = Shape(block_size, unsalted.digest_size, block_size // unsalted.digest_size)
-    if len(shape.level_sizes(-(-size // block_size))) > _MAX_LEVELS:
+def tree_levels(size: int, parameters: Parameters) -> tuple[int, ...]:
+    """The number of blocks of every level of a file's Merkle tree, from the one above the data up.
+
+    KernelError EFBIG for a file that is too large for these parameters.
+    """
+    levels = _shape(parameters).level_sizes(-(-size // parameters.block_size))
+    if len(levels) > _MAX_LEVELS:
         raise KernelError(
             errno.EFBIG,
             f"the file's {size} bytes need more than {_MAX_LEVELS} levels",
             "fsverity_init_merkle_tree_params",
         )
-    builder = TreeBuilder(shape, hasher.hash_block)
+    return levels
+
+
+def read_tree(fd: int, parameters: Parameters, offset: int, length: int) -> bytes:
+    """Return a piece of the Merkle tree as FS_IOC_READ_VERITY_METADATA gives it: the root's block first.
+
+    The whole file is hashed for it. Errors as ``descriptor``.
+    """
+    size, block_size = os.fstat(fd).st_size, parameters.block_size
+    levels = tree_levels(size, parameters)
+    first_block = [sum(levels[level + 1 :]) for level in range(len(levels))]
+    end = min(offset + length, sum(levels) * block_size)
+    piece = bytearray(max(end - offset, 0))
+
+    def keep(level: int, first: int, block: bytes, repeat: int) -> None:
+        start = (first_block[level] + first) * block_size
+        position, stop = max(start, offset), min(start + repeat * block_size, end)
+        while position < stop:
+            within = (position - start) % block_size
+            taken = min(block_size - within, stop - position)
+            piece[position - offset : position - offset + taken] = block[within : within + taken]
+            position += taken
+
+    if piece:
+        _tree(fd, size, parameters, write=keep).root()
+    return bytes(piece)
+
+
+def _shape(parameters: Parameters) -> Shape:
+    digest_size = hashlib.new(parameters.algorithm).digest_size
+    return Shape(parameters.block_size, digest_size, parameters.block_size // digest_size)
+
+
+def _tree(
+    fd: int,
+    size: int,
+    parameters: Parameters,
+    *,
+    jobs: int = 1,
+    progress: Progress = no_progress,
+    write: BlockWriter = nothing_written,
+) -> TreeBuilder:
+    tree_levels(size, parameters)
+    block_size, salt = parameters.block_size, parameters.salt
+    unsalted = hashlib.new(parameters.algorithm)
+    # The salt is padded with zeros to the hash function's own block size.
+    prefix = salt + bytes(-len(salt) % unsalted.block_size)
+    hasher = BlockHasher(parameters.algorithm, None, block_size, unsalted.digest_size, prefix, b"")
+    builder = TreeBuilder(_shape(parameters), hasher.hash_block, write)
     whole, tail = divmod(size, block_size)
     with closing(hash_file(fd, hasher, whole, jobs=jobs, progress=progress)) as digests:
         for digest in digests:
@@ -80,7 +152,7 @@ def _root_hash(
     if tail:
         builder.add(hasher.hash_block(_read_tail(fd, whole * block_size, tail) + bytes(block_size - tail)))
         progress(tail)
-    return builder.root()
+    return builder
 
 
 def _read_tail(fd: int, offset: int, length: int) -> bytes:

@@ -8,12 +8,9 @@ import struct
 
 from ipe_emu.errors import KernelError
 from ipe_emu.integrity.facts import Digest
-from ipe_emu.integrity.fsverity import HASH_ALGORITHMS
+from ipe_emu.integrity.fsverity import HASH_ALGORITHMS, MAX_SIGNATURE_SIZE
 from ipe_emu.keyring import Keyrings
 from ipe_emu.pkcs7 import verify_pkcs7_signature
-
-#: What a descriptor of 16 KiB leaves (``FS_VERITY_MAX_SIGNATURE_SIZE``).
-MAX_SIGNATURE_SIZE = 16128
 
 
 def formatted_digest(digest: Digest) -> bytes:

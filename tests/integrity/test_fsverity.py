@@ -10,8 +10,8 @@ import pytest
 
 from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity.facts import Digest
-from ipe_emu.integrity.fsverity import measure, sealed_digest
-from ipe_emu.integrity.fsverity_signature import MAX_SIGNATURE_SIZE, formatted_digest, verify_signature
+from ipe_emu.integrity.fsverity import MAX_SIGNATURE_SIZE, measure, sealed_digest
+from ipe_emu.integrity.fsverity_signature import formatted_digest, verify_signature
 from ipe_emu.keyring import Keyrings, load_certificates
 from ipe_emu.linux.fsverity import measure_verity
 from ipe_emu.pkcs7.sign import sign_detached, sign_policy

@@ -1,0 +1,108 @@
+"""Facts that this machine's own kernel vouches for: files sealed by fs-verity, file systems on dm-verity devices."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Protocol
+
+from attrs import define, evolve, field
+
+from ipe_emu.errors import NotJudgedError, UserError
+from ipe_emu.integrity.dm_verity.table import VerityTable
+from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.integrity.fsverity import MAX_SIGNATURE_SIZE, sealed_digest
+from ipe_emu.integrity.sources import FactsSource, OpenFile, Place
+
+
+class Kernel(Protocol):
+    """This machine's kernel, as far as it is asked (``linux.verity_state``)."""
+
+    def measure_verity(self, fd: int) -> tuple[int, bytes]:
+        """Ask for the digest of a sealed file (FS_IOC_MEASURE_VERITY): the algorithm's number and the digest."""
+
+    def read_signature(self, fd: int, limit: int) -> bytes:
+        """Ask for the builtin signature of a sealed file; nothing if it has none."""
+
+    def verity_table(self, device: str) -> str | None:
+        """Ask for the parameters of the dm-verity target that a device consists of; None if it is no such device.
+
+        PermissionError where this process may not see them.
+        """
+
+
+@define(eq=False)
+class KernelState:
+    """Adds to what another source knows what this machine's kernel does. What that source says goes first.
+
+    ``verify`` raises KernelError unless the *emulated* machine's keys verify the builtin signature of a digest; None
+    where they are elsewhere.
+    """
+
+    known: FactsSource
+    kernel: Kernel
+    verify: Callable[[Digest, bytes], None] | None
+    _without_fsverity: set[int] = field(factory=set, init=False)
+
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
+        """Return what holds for a file; see ``FactsSource``.
+
+        Raises KernelError as open(2) on the emulated kernel for a file whose builtin signature it would not verify.
+        """
+        facts = self.known.facts_of(place, st, open_file)
+        if place is not None and facts.dmverity_roothash is None:
+            facts = self._with_device(facts, place.device)
+        if facts.fsverity_digest is None and stat.S_ISREG(st.st_mode) and st.st_dev not in self._without_fsverity:
+            facts = self._with_seal(facts, st, open_file)
+        return facts
+
+    def _with_device(self, facts: Facts, device: str) -> Facts:
+        try:
+            parameters = self.kernel.verity_table(device)
+        except PermissionError:
+            raise NotJudgedError(
+                f"the file lies on the dm-verity device {device}, whose root hash only root may see: run as root, or"
+                " declare it (--integrity)"
+            ) from None
+        if parameters is None:
+            return facts
+        try:
+            table = VerityTable.parse(parameters)
+        except UserError as error:
+            raise NotJudgedError(f"the dm-verity device {device} has a table that is not understood: {error}") from None
+        if table.signature_key is not None:
+            # It was verified, but by the keys of this machine, and it cannot be read back to ask the others.
+            raise NotJudgedError(
+                f"the file lies on the dm-verity device {device}, whose root hash is signed; whether the emulated"
+                " machine's keys verify the signature cannot be known: declare it (--integrity)"
+            )
+        return evolve(facts, dmverity_roothash=table.root_hash)
+
+    def _with_seal(self, facts: Facts, st: os.stat_result, open_file: OpenFile) -> Facts:
+        try:
+            fd = open_file()
+        except OSError:
+            return facts  # whoever executes it may read it, or nearly always so; nothing is known of it here
+        try:
+            digest = sealed_digest(fd, self._measure(st.st_dev))
+            if digest is None:
+                return facts
+            signature = self.kernel.read_signature(fd, MAX_SIGNATURE_SIZE)
+        finally:
+            os.close(fd)
+        if signature:
+            if self.verify is None:
+                raise NotJudgedError("the file has a builtin fs-verity signature, and the keys for it are not here")
+            self.verify(digest, signature)
+        return evolve(facts, fsverity_digest=digest, fsverity_signature=bool(signature))
+
+    def _measure(self, device: int) -> Callable[[int], tuple[int, bytes]]:
+        def measure(fd: int) -> tuple[int, bytes]:
+            try:
+                return self.kernel.measure_verity(fd)
+            except OSError as error:
+                if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
+                    self._without_fsverity.add(device)
+                raise
+
+        return measure

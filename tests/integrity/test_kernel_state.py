@@ -1,0 +1,147 @@
+"""What this machine's kernel would vouch for, by answers recorded on kernels that do.
+
+No machine that tests run on need have fs-verity or device-mapper: answers stand here as Linux 6.12 and 7.3 gave them.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from attrs import define, field
+
+from ipe_emu.errors import KernelError, NotJudgedError
+from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
+from ipe_emu.integrity.kernel_state import KernelState
+from ipe_emu.integrity.sources import FactsSource, OpenFile, Place
+from ipe_emu.linux.mountinfo import Location
+from ipe_emu.linux.verity_state import VerityState
+
+DIGEST = Digest("sha256", bytes(range(32)))
+HASH = "d82898e743b7a2d1c25e2212d28d12874151b178f6a1927e4c51874f52fe6960"
+TABLE = f"1 7:1 7:0 4096 4096 2048 1 sha256 {HASH} 0102"
+SIGNED_TABLE = TABLE + " 2 root_hash_sig_key_desc cryptsetup:x"
+ROOT_HASH = Digest("sha256", bytes.fromhex(HASH))
+PLACE = Location("254:0", b"/bin/x", b"/")
+
+
+@define
+class Kernel:
+    measured: Digest | int = errno.ENODATA
+    signature: bytes = b""
+    table: str | type[Exception] | None = None
+    asked: list[str] = field(factory=list)
+
+    def measure_verity(self, fd: int) -> tuple[int, bytes]:
+        self.asked.append("measure")
+        if isinstance(self.measured, int):
+            raise OSError(self.measured, os.strerror(self.measured))
+        return 1, self.measured.value
+
+    def read_signature(self, fd: int, limit: int) -> bytes:
+        return self.signature[:limit]
+
+    def verity_table(self, device: str) -> str | None:
+        self.asked.append(device)
+        if isinstance(self.table, type):
+            raise self.table
+        return self.table
+
+
+@define
+class Known:
+    facts: Facts = NO_FACTS
+
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
+        return self.facts
+
+
+def verify(digest: Digest, signature: bytes) -> None:
+    if (digest, signature) != (DIGEST, b"good"):
+        raise KernelError(errno.EKEYREJECTED, "a bad signature", "fsverity_verify_signature")
+
+
+def ask(kernel: Kernel, path: Path, *, known: FactsSource | None = None, place: Place | None = PLACE) -> Facts:
+    state = KernelState(known or Known(), kernel, verify)
+    return state.facts_of(place, path.stat(), lambda: os.open(path, os.O_RDONLY))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_bytes(b"content")
+    return tmp_path / "file"
+
+
+def test_a_file_of_which_the_kernel_knows_nothing(file: Path) -> None:
+    assert ask(Kernel(), file) is NO_FACTS
+    assert ask(Kernel(), file.parent) is NO_FACTS
+
+
+def test_a_sealed_file(file: Path) -> None:
+    assert ask(Kernel(DIGEST), file) == Facts(fsverity_digest=DIGEST)
+
+
+def test_a_sealed_file_with_a_signature(file: Path) -> None:
+    assert ask(Kernel(DIGEST, b"good"), file) == Facts(fsverity_digest=DIGEST, fsverity_signature=True)
+
+
+def test_a_file_whose_signature_other_keys_verified_could_not_be_opened(file: Path) -> None:
+    with pytest.raises(KernelError, match="EKEYREJECTED"):
+        ask(Kernel(DIGEST, b"bad"), file)
+
+
+def test_a_signature_where_the_keys_are_not(file: Path) -> None:
+    state = KernelState(Known(), Kernel(DIGEST, b"good"), None)
+    with pytest.raises(NotJudgedError, match="the keys for it are not here"):
+        state.facts_of(PLACE, file.stat(), lambda: os.open(file, os.O_RDONLY))
+
+
+@pytest.mark.parametrize("number", [errno.ENOTTY, errno.EOPNOTSUPP])
+def test_a_file_system_without_fs_verity_is_asked_once(file: Path, number: int) -> None:
+    kernel = Kernel(number)
+    state = KernelState(Known(), kernel, verify)
+    for _ in range(3):
+        assert state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY)) is NO_FACTS
+    assert kernel.asked == ["measure"]
+
+
+def test_a_file_that_cannot_be_read(file: Path) -> None:
+    def fails() -> int:
+        raise PermissionError
+
+    assert KernelState(Known(), Kernel(DIGEST), verify).facts_of(None, file.stat(), fails) is NO_FACTS
+
+
+def test_a_verity_device(file: Path) -> None:
+    assert ask(Kernel(table=TABLE), file) == Facts(dmverity_roothash=ROOT_HASH)
+    assert ask(Kernel(table=TABLE), file, place=None) is NO_FACTS
+
+
+def test_both(file: Path) -> None:
+    both = Facts(fsverity_digest=DIGEST, dmverity_roothash=ROOT_HASH)
+    assert ask(Kernel(DIGEST, table=TABLE), file) == both
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [(PermissionError, "run as root, or declare it"), (SIGNED_TABLE, "declare it"), ("1 2 3", "is not understood")],
+)
+def test_what_is_certain_only_where_it_is_declared(file: Path, table: "str | type[Exception]", reason: str) -> None:
+    with pytest.raises(NotJudgedError, match=reason):
+        ask(Kernel(table=table), file)
+    declared = Facts(dmverity_roothash=ROOT_HASH, dmverity_signature=True)
+    kernel = Kernel(table=table)
+    assert ask(kernel, file, known=Known(declared)) == declared
+    assert kernel.asked == ["measure"]
+
+
+def test_a_declared_digest_goes_first(file: Path) -> None:
+    declared = Facts(fsverity_digest=Digest("sha512", bytes(64)))
+    kernel = Kernel(DIGEST)
+    assert ask(kernel, file, known=Known(declared)) == declared
+    assert kernel.asked == ["254:0"]
+
+
+def test_this_machine_itself(file: Path) -> None:
+    state = KernelState(Known(), VerityState(), verify)
+    assert state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY)) is NO_FACTS
