@@ -1,13 +1,14 @@
 """``ipe-emu run``: a command whose every execution the emulator judges."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipe_emu.cli.audit_log import audit_file, open_audit_log
 from ipe_emu.cli.mounted import connect, status_of
 from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of, described_machine
-from ipe_emu.cli.output import announce
+from ipe_emu.cli.output import announce, escape
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.cli.verity.images import JOBS
 from ipe_emu.cli.verity.progress import progress_bar
@@ -15,6 +16,7 @@ from ipe_emu.errors import UserError
 from ipe_emu.profiles import PROFILES
 
 if TYPE_CHECKING:
+    from ipe_emu.integrity.sources import Place
     from ipe_emu.volumes.image import VerifiedImage
 
 
@@ -40,6 +42,14 @@ ipe-emu run --attach ~/securityfs -- sh""",
     parser.add_argument(
         "--attach", metavar="DIR", help="have the emulator that is mounted on DIR judge, with its own facts"
     )
+    parser.add_argument(
+        "--sealable",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let this directory, with everything below it, stand for a file system with fs-verity: files can be sealed"
+        " there, until the run ends (may be repeated)",
+    )
     parser.add_argument("--fail-on-deny", action="store_true", help="exit with 1 if anything was denied")
     parser.add_argument("--debug", action="store_true", help="say how the sandbox is made, step by step")
     parser.add_argument(
@@ -59,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.argv:
         raise UserError("which command? ipe-emu run [options] -- COMMAND [ARGUMENT ...]")
     if args.attach is not None:
-        if given := described_machine(args):
+        if given := described_machine(args) + ["--sealable"] * bool(args.sealable):
             raise UserError(f"{given[0]} and --attach: the emulator that is mounted there has its own")
         with connect(args.attach) as connection:
             profile = PROFILES[status_of(connection)["profile"]]
@@ -76,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             command=args.argv,
             make_ipe=lambda: build_ipe(args, profile, emit),
             declared=declared,
+            sealable=[_directory(path) for path in args.sealable],
             attach=Path(args.attach) if args.attach is not None else None,
             audit_log=audit_file(args.audit_log),
             fail_on_deny=args.fail_on_deny,
@@ -101,3 +112,16 @@ def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
             with progress_bar("verifying", image.size) as progress:
                 image.verify(jobs=JOBS, progress=progress)
     return images
+
+
+def _directory(path: str) -> "Place":
+    """Where a directory that stands for a file system with fs-verity lies; UserError if it is none."""
+    from ipe_emu.linux import mountinfo
+
+    try:
+        real = os.path.realpath(os.fsencode(path), strict=True)
+        if not os.path.isdir(real):  # noqa: PTH112 - bytes paths: names need not be UTF-8
+            raise UserError(f"--sealable {escape(path)}: not a directory")
+        return mountinfo.locate(real)
+    except OSError as error:
+        raise UserError(f"--sealable {escape(path)}: {error.strerror}") from None

@@ -1,7 +1,8 @@
-"""Whether a caller may search a directory or execute a file, as far as mode bits say so for certain.
+"""Whether a caller may search a directory, execute a file or write to it, as far as mode bits say so for certain.
 
 The kernel of this machine checks permissions itself when it carries a call out. They are looked at here only so that
-a call that fails by them raises no event before. What is uncertain (ACLs, ids without a mapping) counts as permitted.
+a call that fails by them raises no event before, and for calls that are not carried out. What is uncertain are ACLs
+and ids without a mapping.
 """
 
 import os
@@ -38,15 +39,23 @@ class Access:
 
         For a directory: to search it. A caller with ``override`` is not looked at (kernel: ``generic_permission()``).
         """
-        if self.override or _OVERFLOW_ID in (self.fsuid, st.st_uid, st.st_gid):
-            return False
-        if st.st_uid == self.fsuid:
-            bit = 0o100
-        elif st.st_gid == self.fsgid or st.st_gid in self.groups:
-            bit = 0o010
-        else:
-            bit = 0o001
-        if st.st_mode & bit:
+        return not self._permits(0o1, st) and self._is_certain(st, fd)
+
+    def permits_writing(self, st: os.stat_result, fd: int) -> bool | None:
+        """Whether the mode bits permit to write to a file; None if that is not certain. Arguments as above."""
+        return self._permits(0o2, st) if self._is_certain(st, fd) else None
+
+    def _permits(self, bit: int, st: os.stat_result) -> bool:
+        if self.override:
+            return True
+        group = 3 if st.st_gid == self.fsgid or st.st_gid in self.groups else 0
+        shift = 6 if st.st_uid == self.fsuid else group
+        return bool(st.st_mode >> shift & bit)
+
+    def _is_certain(self, st: os.stat_result, fd: int) -> bool:
+        if self.override:
+            return True
+        if _OVERFLOW_ID in (self.fsuid, st.st_uid, st.st_gid):
             return False
         try:
             os.getxattr(f"/proc/self/fd/{fd}", _ACL)

@@ -12,7 +12,7 @@ from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import Access
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.resolve import look_up
-from ipe_emu.integrity.sources import FactsSource
+from ipe_emu.integrity.sources import FactsSource, Place
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.
@@ -148,6 +148,10 @@ class Caller:
             return self._keep(os.open(b"/proc/self/fd/%d" % path_fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except PermissionError as error:
             raise NotJudgedError(f"{_shown(path_of(path_fd))} cannot be read: {error.strerror}") from None
+
+    def place(self, fd: int) -> Place | None:
+        """Return where the file of one of our descriptors lies on its file system; None if nobody sees its mount."""
+        return self._mounts.locate(self.tracee.pid, fd, path_of(fd), os.fstat(fd).st_ino)[1]
 
     def file(self, fd: int) -> File:
         """Return what IPE knows of the file behind one of our descriptors (``build_ipe_eval_ctx()``)."""

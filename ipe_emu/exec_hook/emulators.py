@@ -14,11 +14,18 @@ from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook.hook import Judge
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
+from ipe_emu.exec_hook.sealing import Sealing
 from ipe_emu.exec_hook.supervisor import SecurityFsServer, Served
+from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.declared import Declared, is_volume
-from ipe_emu.integrity.sources import Combined, FactsSource
+from ipe_emu.integrity.facts import Digest
+from ipe_emu.integrity.kernel_state import KernelState
+from ipe_emu.integrity.seals import Seals
+from ipe_emu.integrity.sources import Combined, FactsSource, Place
 from ipe_emu.linux import process
+from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
+from ipe_emu.linux.verity_state import VerityState
 from ipe_emu.lsm import Ipe, UpstreamRefusal
 from ipe_emu.volumes.facts import VolumeFacts
 from ipe_emu.volumes.image import VerifiedImage
@@ -26,6 +33,11 @@ from ipe_emu.volumes.programs import HIDES_ERRORS
 
 if TYPE_CHECKING:
     from ipe_securityfs.client import Connection, RemoteIpe
+
+
+def _no_keys(*_: object) -> None:
+    """Verify nothing: nothing can be sealed where this is asked."""
+    raise NotJudgedError("the keys for fs-verity signatures are not here")
 
 
 class Emulator(Protocol):
@@ -42,6 +54,10 @@ class Emulator(Protocol):
     @property
     def superblocks(self) -> Superblocks:
         """What is known of those of the rehearsed machine."""
+
+    @property
+    def traps(self) -> Sequence[Trap]:
+        """The system calls of the tree that it wants to see beside the exec hook's own."""
 
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Do what can be done while the sandbox is being made."""
@@ -62,17 +78,25 @@ class Emulator(Protocol):
 
 @define(eq=False)
 class OwnEmulator:
-    """One that lives as long as the run, in this process."""
+    """One that lives as long as the run, in this process.
+
+    ``sealable`` are the directories in which files can be sealed (`Sealing`).
+    """
 
     make_ipe: Callable[[], Ipe]
     facts: Declared
     images: Mapping[str, VerifiedImage] = field(factory=dict)
+    sealable: Sequence[Place] = ()
+    _sealing: Sealing = field(init=False)
     _ipe: Ipe | None = field(default=None, init=False)
     _server: SecurityFsServer | None = field(default=None, init=False)
     _known: FactsSource = field(init=False)
     superblocks: Superblocks = field(factory=Superblocks, init=False)
     #: By the name of the volume: a pidfd of the program that serves it.
     _helpers: dict[str, int] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._sealing = Sealing(Seals(InodeWatch()), self.sealable, self._verify_fsverity)
 
     @property
     def securityfs(self) -> Path | None:
@@ -84,6 +108,11 @@ class OwnEmulator:
         """Those that the facts declare."""
         return [Path(os.fsdecode(entry.path)) for entry in self.facts.entries if is_volume(entry)]
 
+    @property
+    def traps(self) -> Sequence[Trap]:
+        """Those for fs-verity."""
+        return self._sealing.traps
+
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Start the server, whose imports are slow, and make the model meanwhile."""
         self._server = SecurityFsServer(report, sandbox.kill)
@@ -91,7 +120,8 @@ class OwnEmulator:
         self._ipe = self.make_ipe()
         of_volumes = VolumeFacts()
         # A declared volume's facts hold on the mount that the sandbox made of it.
-        self._known = Combined([of_volumes, self.facts.in_sandbox()]) if self.images else self.facts.in_sandbox()
+        known = Combined([*([of_volumes] if self.images else []), self.facts.in_sandbox(), self._sealing.seals])
+        self._known = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
         for name, image in self.images.items():
             image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
             image.verify_signature(self._ipe.keyrings, self._ipe.profile)
@@ -122,6 +152,10 @@ class OwnEmulator:
         """Serve the securityfs, which was begun before."""
         assert self._ipe is not None  # noqa: S101 - `begin` came before
         return self._ipe, self._known
+
+    def _verify_fsverity(self, digest: Digest, signature: bytes) -> None:
+        assert self._ipe is not None  # noqa: S101 - nothing is sealed before `attach`
+        self._ipe.verify_fsverity_signature(digest, signature)
 
     def check(self) -> None:
         """Look whether the programs that serve volumes live."""
@@ -180,6 +214,11 @@ class MountedEmulator:
         """This machine's, as the emulator knows them."""
         return OF_THIS_MACHINE
 
+    @property
+    def traps(self) -> Sequence[Trap]:
+        """What reports that nothing can be sealed: its facts are its own."""
+        return Sealing(Seals(InodeWatch()), (), _no_keys).traps
+
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Nothing is to be done: it is there."""
 
@@ -188,7 +227,7 @@ class MountedEmulator:
         from ipe_securityfs.client import attach  # noqa: PLC0415 - as above
 
         attach(self._attachment, surroundings.user_namespace)
-        return self._ipe, self._ipe
+        return self._ipe, KernelState(self._ipe, VerityState(), None)
 
     def check(self) -> None:
         """Nothing of ours serves the tree."""

@@ -21,6 +21,7 @@ from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
 from ipe_emu.exec_hook.supervisor import Notifications
 from ipe_emu.exec_hook.volume_mounts import PlannedVolume
 from ipe_emu.integrity.declared import Declared
+from ipe_emu.integrity.sources import Place
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
 from ipe_emu.volumes import programs
@@ -40,7 +41,7 @@ class RunOptions:
     ``make_ipe`` makes the booted emulator, and ``declared`` is what it knows of files; it is called while the sandbox
     is being made. With ``attach`` both are not used: the emulator that is mounted there decides. ``audit_log`` is the
     file that records are appended to, which the tree may read and not write. ``volumes`` are mounted in this order, as
-    dm-0 and so on; not with ``attach``.
+    dm-0 and so on, and files below the directories ``sealable`` can be sealed; not with ``attach``.
     """
 
     command: Sequence[str]
@@ -51,6 +52,7 @@ class RunOptions:
     fail_on_deny: bool = False
     debug: bool = False
     volumes: Sequence[VerifiedImage] = ()
+    sealable: Sequence[Place] = ()
 
 
 def run(options: RunOptions) -> int:
@@ -70,6 +72,7 @@ def run(options: RunOptions) -> int:
             options.make_ipe,
             options.declared,
             {volume.name: image for volume, image in zip(volumes, options.volumes, strict=True)},
+            options.sealable,
         )
     )
     concealed = _runtime_directories()
@@ -114,7 +117,7 @@ def _blueprint(
         user_namespace=standing.user_namespace,
         root=standing.root,
         shielded=standing.kind is Kind.SHIELDED,
-        rules=hook.rules(securityfs=True),
+        rules=hook.rules(securityfs=True, traps=emulator.traps),
         command=command,
     )
 
@@ -135,6 +138,7 @@ def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:
             machine=surroundings.user_namespace,
             securityfs=surroundings.securityfs_device,
             superblocks=emulator.superblocks,
+            traps=emulator.traps,
         )
         notifications = Notifications(exec_hook, Listener(sandbox.listener()), report, sandbox.kill)
         notifications.start()

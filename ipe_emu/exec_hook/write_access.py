@@ -14,7 +14,7 @@ def deny_write_access(fd: int, *, certain: bool) -> None:
     Where that cannot be told, and the file's permissions let the rehearsed machine write to it, NotJudgedError if it is
     to be ``certain``.
     """
-    busy = is_open_for_writing(fd)
+    busy = is_open_for_writing(fd, as_owner=certain)
     if busy:
         raise KernelError(errno.ETXTBSY, "somebody has it open for writing", "deny_write_access")
     if busy is None and certain and os.access(b"/proc/self/fd/%d" % fd, os.W_OK, effective_ids=True):

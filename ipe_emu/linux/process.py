@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from ipe_emu.linux import syscalls
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
 
 
@@ -30,6 +31,11 @@ def set_dumpable(dumpable: bool) -> None:
     root of a namespace made later has no power over it (``__ptrace_may_access()``).
     """
     syscalls.call("prctl", _PR_SET_DUMPABLE, int(dumpable), 0, 0, 0)
+
+
+def is_dumpable() -> bool:
+    """Whether this process may be traced by its equals (PR_GET_DUMPABLE)."""
+    return syscalls.call("prctl", _PR_GET_DUMPABLE, 0, 0, 0, 0) == 1
 
 
 def close_from(lowest: int) -> None:
