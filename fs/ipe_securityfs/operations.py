@@ -13,6 +13,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from mmap import PAGESIZE
 from typing import Final, TypeVar, TypeVarTuple
 
@@ -90,7 +91,8 @@ class MountedAs:
     ``device`` gives the mount's st_dev, from which no policy file is read. ``pid_level`` says which pid namespace is
     the rehearsed machine's: 0 for this process's own, 1 for one directly below it. ``size_trick`` shows readers a size
     (see ``Operations._show_size``); there is no need of it where an exec hook answers sendfile(2) and its kin.
-    ``superblocks`` are the rehearsed machine's.
+    ``superblocks`` are the rehearsed machine's. ``names_writers``: the model wants to know who writes to whatever node,
+    which costs something with every write.
     """
 
     credentials: Credentials
@@ -100,6 +102,7 @@ class MountedAs:
     pid_level: int = 0
     size_trick: bool = True
     superblocks: Superblocks = OF_THIS_MACHINE
+    names_writers: bool = False
 
 
 @define(eq=False)
@@ -603,7 +606,11 @@ class Operations(pyfuse3.Operations):
 
     def _writer_in(self, handle: _Handle, tid: int) -> Writer:
         """Return a writer, of whom it is known that ``tid`` is the thread that waits."""
-        return Writer(handle.opener, _NOBODY, login=functools.partial(self.mounted_as.credentials.login, tid))
+        subject = _NOBODY
+        if self.mounted_as.names_writers:
+            with suppress(OSError, ValueError, LookupError):  # it is gone
+                subject = subject_of(tid, self.mounted_as.pid_level)
+        return Writer(handle.opener, subject, login=functools.partial(self.mounted_as.credentials.login, tid))
 
     def _program_in(self, handle: _Handle, write: WaitingWrite) -> Writer:
         """Return a writer of an unsigned policy, of whom it matters which program it is."""

@@ -19,6 +19,7 @@ from ipe_emu.errors import CannotEmulateError, IpeEmuError, KernelError, NotJudg
 COMMANDS = {
     "mount": "mount the emulated securityfs on a directory",
     "umount": "take a mounted emulator down",
+    "boot": "boot an initramfs image and judge all that it executes",
     "run": "run a command whose every execution the emulator judges",
     "policy": "check, show, sign, explain, derive and simulate policies",
     "keys": "make test keys",

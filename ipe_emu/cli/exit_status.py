@@ -6,6 +6,8 @@ OK = 0
 DENIED = 1
 #: Bad usage or bad input.
 USAGE = 2
+#: The rehearsed program failed for its own reasons.
+PROGRAM_FAILED = 3
 #: Something that matters could not be judged.
 NOT_JUDGED = 4
 #: Nothing was started, because this machine cannot emulate it; test runners read it as a skip.

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ipe_emu.cli.files import name_of, read_bounded
 from ipe_emu.cli.output import escape, say
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ipe_emu.integrity.facts import Facts
     from ipe_emu.keyring import Keyrings
     from ipe_emu.lsm import Ipe
+
+    _Ipe = TypeVar("_Ipe", bound=Ipe)
 
 #: Text beyond this is never a policy: what a write(2) may carry.
 POLICY_LIMIT = (4 << 20) - 1
@@ -78,7 +80,13 @@ def add_integrity_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lsm_options(parser: argparse.ArgumentParser) -> None:
-    """Add everything that describes an emulated machine."""
+    """Add everything that describes an emulated machine, and what is known of files."""
+    add_machine_options(parser)
+    add_integrity_options(parser)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what describes an emulated kernel: its version, boot policy, command line, log and keys."""
     group = parser.add_argument_group("the emulated machine")
     add_kernel_option(group)
     group.add_argument("--boot-policy", metavar="FILE", help="the policy compiled into the kernel (text)")
@@ -91,7 +99,6 @@ def add_lsm_options(parser: argparse.ArgumentParser) -> None:
         help="where audit records go: a file, a listening unix socket, or - for stderr",
     )
     add_key_options(parser)
-    add_integrity_options(parser)
 
 
 def described_machine(args: argparse.Namespace) -> list[str]:
@@ -156,13 +163,21 @@ def declared_of(args: argparse.Namespace, volumes: "Iterable[tuple[bytes, Facts]
 
 def build_ipe(args: argparse.Namespace, profile: Profile, emit: "Callable[[AuditRecord], None]") -> "Ipe":
     """The emulator that the options describe, booted. UserError names the option that was wrong."""
-    from ipe_emu.cli.cmdline import parse_cmdline
     from ipe_emu.lsm import Ipe
+
+    return boot_ipe(args, profile, Ipe, emit)
+
+
+def boot_ipe(
+    args: argparse.Namespace, profile: Profile, make: "Callable[..., _Ipe]", emit: "Callable[[AuditRecord], None]"
+) -> "_Ipe":
+    """The same, made by another class or function that takes what `lsm.Ipe` does."""
+    from ipe_emu.kernel_cmdline import parse_cmdline
 
     parameters = parse_cmdline(os.fsencode(args.cmdline))
     for word in parameters.ignored:
         say(f"--cmdline {escape(word)}: no boolean; the kernel logs an error and ignores it, and so does this emulator")
-    ipe = Ipe(
+    ipe = make(
         keyrings=keyrings_of(args, profile),
         emit=emit,
         profile=profile,

@@ -55,7 +55,7 @@ def _build(channel: Channel, blueprint: Blueprint) -> int:
             volume_mounts.send_session(channel, fuse, SECURITYFS, user_namespace)
     if not blueprint.shielded:
         # Made from here, the pid namespace belongs to the tree's root, who can then mount a /proc of it anywhere.
-        init.enter_user_namespace(blueprint)
+        init.enter_user_namespace(blueprint.user_namespace)
     namespaces.unshare(Namespace.PID)
     agent = os.pidfd_open(os.getpid())
     pid_1 = os.fork()

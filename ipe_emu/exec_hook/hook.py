@@ -233,6 +233,8 @@ class ExecHook:
 
     def _send(self, listener: Listener, notification: Notification, answer: _Outcome) -> None:
         if isinstance(answer, Continue):
+            if answer.then is not None:
+                answer.then()
             listener.continue_(notification)
         elif isinstance(answer, Fail):
             listener.fail(notification, answer.error.errno)

@@ -31,7 +31,7 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
         if blueprint.shielded:
             # Before the tree's user namespace: the kernel's controls in it are to be locked read-only.
             blueprint.proc.execute()
-            enter_user_namespace(blueprint)
+            enter_user_namespace(blueprint.user_namespace)
         # A copy of the agent's mounts, in which they are locked, for they belong to the outer user namespace.
         namespaces.unshare(Namespace.MOUNT)
         if not blueprint.shielded:
@@ -60,9 +60,9 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
         os._exit(0)
 
 
-def enter_user_namespace(blueprint: Blueprint) -> None:
+def enter_user_namespace(user_namespace: int) -> None:
     """Make this process root of the tree's user namespace, beyond the reach of the tree, which is that as well."""
-    namespaces.enter(blueprint.user_namespace, Namespace.USER)
+    namespaces.enter(user_namespace, Namespace.USER)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     process.set_dumpable(False)

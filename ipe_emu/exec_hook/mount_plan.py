@@ -92,7 +92,7 @@ class Conceal:
 
     def execute(self) -> None:
         """Do it."""
-        _attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"0"}, Attribute.RDONLY, self.path)
+        mounts.attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"0"}, Attribute.RDONLY, self.path)
 
 
 @frozen
@@ -135,7 +135,7 @@ class MakeDirectory:
         """Do it."""
         covered = self._existing()
         kept = [_Kept.of(entry) for entry in sorted(covered.iterdir())]
-        _attach_new(
+        mounts.attach_new(
             b"tmpfs",
             {b"source": b"ipe-emu", b"mode": b"755"},
             Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC,
@@ -234,7 +234,7 @@ class HarmlessDevices:
         names = [*_DEVICES, *_DEVICE_DIRECTORIES]
         kept = [_Kept.of(_DEV / name) for name in names if (_DEV / name).exists()]
         mounts.set_attributes(Path("/"), Attribute.NODEV, recursive=True)
-        _attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"755"}, Attribute.NOSUID | Attribute.NOEXEC, _DEV)
+        mounts.attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"755"}, Attribute.NOSUID | Attribute.NOEXEC, _DEV)
         for entry in kept:
             entry.restore()
         for name, target in _DEVICE_LINKS.items():
@@ -255,7 +255,9 @@ class Proc:
     def execute(self) -> None:
         """Do it."""
         try:
-            _attach_new(b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, _PROC)
+            mounts.attach_new(
+                b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, _PROC
+            )
         except PermissionError as error:
             # The answer of the kernel's mount_too_revealing().
             why = "something covers parts of this machine's /proc, as container engines do"
@@ -289,7 +291,7 @@ class SecurityFs:
             b"default_permissions": None,
             b"allow_other": None,
         }
-        _attach_new(b"fuse", options, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, self.path)
+        mounts.attach_new(b"fuse", options, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, self.path)
 
 
 @frozen
@@ -365,11 +367,3 @@ class _Kept:
                 self.path.touch(0o644)
             mounts.attach(self.tree, self.path)
             os.close(self.tree)
-
-
-def _attach_new(kind: bytes, options: dict[bytes, bytes | None], attributes: Attribute, path: Path) -> None:
-    mount = mounts.new_filesystem(kind, options, attributes)
-    try:
-        mounts.attach(mount, path)
-    finally:
-        os.close(mount)

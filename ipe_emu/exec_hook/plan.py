@@ -29,7 +29,12 @@ class Event:
 
 @frozen
 class Continue:
-    """The kernel of this machine carries the call out, and finds its own errors."""
+    """The kernel of this machine carries the call out, and finds its own errors.
+
+    ``then`` is called just before.
+    """
+
+    then: Callable[[], object] | None = None
 
 
 @frozen

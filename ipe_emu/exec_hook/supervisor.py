@@ -9,12 +9,11 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from attrs import frozen
 
 from ipe_emu.exec_hook.hook import ExecHook
-from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Fuse, Surroundings
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux.mountinfo import Superblocks
@@ -35,10 +34,17 @@ _COLLECT_AFTER = 50_000
 _TIME_TO_END = 10.0
 
 
+class Failures(Protocol):
+    """Who is told, from any thread, that a part of the emulator failed."""
+
+    def failed(self, what: str) -> None:
+        """Note it: nothing that was answered since counts."""
+
+
 class _Thread:
     """A thread whose failure ends the rehearsal: it is reported, and ``on_failure`` called."""
 
-    def __init__(self, name: str, work: Callable[[], None], report: Report, on_failure: Callable[[], None]) -> None:
+    def __init__(self, name: str, work: Callable[[], None], report: Failures, on_failure: Callable[[], None]) -> None:
         self._name = name
         self._work = work
         self._report = report
@@ -68,7 +74,7 @@ class _Thread:
 class Notifications(_Thread):
     """Answers the filter's notifications until no process is left under it."""
 
-    def __init__(self, hook: ExecHook, listener: Listener, report: Report, on_failure: Callable[[], None]) -> None:
+    def __init__(self, hook: ExecHook, listener: Listener, report: Failures, on_failure: Callable[[], None]) -> None:
         self._hook = hook
         self._listener = listener
         super().__init__("answering system calls", self._answer, report, on_failure)
@@ -100,7 +106,7 @@ class SecurityFsServer(_Thread):
     It starts with importing what that takes (150 ms), while the sandbox is being made; requests wait meanwhile.
     """
 
-    def __init__(self, report: Report, on_failure: Callable[[], None]) -> None:
+    def __init__(self, report: Failures, on_failure: Callable[[], None]) -> None:
         self._told = threading.Event()
         self._wanted: Callable[[], Session] | None = None
         self._root: int | None = None
@@ -108,8 +114,15 @@ class SecurityFsServer(_Thread):
 
     def serve(self, fuse: Fuse, served: Served) -> None:
         """Tell what to serve, and where (`Sandbox.fuse`)."""
-        self._root = fuse.root
-        self._wanted = functools.partial(_session, fuse, served)
+        self.serve_session(fuse.root, functools.partial(_session, fuse, served))
+
+    def serve_session(self, root: int, make_session: "Callable[[], Session]") -> None:
+        """Tell what to serve; ``root`` is a descriptor of the mount's root, which is closed by ``stop``.
+
+        ``make_session`` is called in the thread that serves.
+        """
+        self._root = root
+        self._wanted = make_session
         self._told.set()
 
     def stop(self) -> None:

@@ -122,6 +122,15 @@ def new_filesystem(kind: bytes, options: Mapping[bytes, bytes | None], attribute
         os.close(context)
 
 
+def attach_new(kind: bytes, options: Mapping[bytes, bytes | None], attributes: Attribute, path: Path) -> None:
+    """Make an instance of a file system and mount it on ``path``."""
+    mount = new_filesystem(kind, options, attributes)
+    try:
+        attach(mount, path)
+    finally:
+        os.close(mount)
+
+
 def new_superblock(kind: bytes) -> None:
     """Make an instance of a file system for this process's user namespace, mounted nowhere, and let go of it."""
     context = syscalls.call("fsopen", kind, _FSOPEN_CLOEXEC)

@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from ipe_emu.linux import syscalls
@@ -77,6 +78,14 @@ class SignalDescriptor:
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self.fd)
+
+
+def pid_of(pidfd: int) -> int:
+    """Return the number of a process in the pid namespace of this process's /proc; -1 if it was waited for."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            return int(line[4:])
+    raise ValueError("no pidfd")
 
 
 def send_signal(pidfd: int, number: int) -> None:

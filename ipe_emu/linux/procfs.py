@@ -272,14 +272,39 @@ def threads(pid: int) -> list[int]:
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]  # noqa: PTH208 - a /proc path is no tree to walk
 
 
+def processes() -> list[int]:
+    """Return the id of every process that this /proc shows."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+
+
 def all_threads() -> Iterator[int]:
     """Yield the id of every thread that this /proc shows; those that vanish meanwhile are left out."""
-    for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit():
-            try:
-                yield from threads(int(name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+    for pid in processes():
+        try:
+            yield from threads(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def uses_mounts(pid: int, mounts: Collection[int]) -> bool:
+    """Whether a process has a file of certain mounts open, runs one, or has its root or working directory there.
+
+    False for a process that is gone.
+    """
+    try:
+        if any(mount_id(pid, int(fd)) in mounts for fd in os.listdir(f"/proc/{pid}/fdinfo")):  # noqa: PTH208
+            return True
+        return any(_mount_of(f"/proc/{pid}/{link}") in mounts for link in ("cwd", "root", "exe"))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _mount_of(path: str) -> int:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return mount_id("self", fd)
+    finally:
+        os.close(fd)
 
 
 def parent(pid: int) -> int:

@@ -1,1 +1,1 @@
-"""A whole boot, rehearsed: the image, disks, device-mapper, mounts, PID 1, and the report of what happened."""
+"""Booting: the image, disks, device-mapper, mounts, PID 1 and the report of a rehearsed machine."""

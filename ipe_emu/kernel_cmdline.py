@@ -1,4 +1,4 @@
-"""The parameters on a kernel command line that change what IPE answers, read as the kernel reads them."""
+"""The kernel command line: its words, and the parameters that change what IPE answers, as the kernel reads them."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ def parse_cmdline(text: bytes) -> Parameters:
     """
     values = {b"ipe.enforce": True, b"ipe.success_audit": False, b"dm_verity.keyring_unsealed": False}
     ignored = []
-    for word in _words(text):
+    for word in words(text):
         if word == b"--":
             break
         name, equals, value = word.partition(b"=")
@@ -46,8 +46,11 @@ def parse_cmdline(text: bytes) -> Parameters:
     return Parameters(enforce, success_audit, unsealed, tuple(ignored))
 
 
-def _words(text: bytes) -> Iterator[bytes]:
-    """Cut at white space outside double quotes; quotes around a whole word are no part of it (``next_arg()``)."""
+def words(text: bytes) -> Iterator[bytes]:
+    """Cut a command line at white space outside double quotes (``next_arg()``).
+
+    Quotes around a whole word are no part of it.
+    """
     word = bytearray()
     quoted = False
     for octet in text + b" ":

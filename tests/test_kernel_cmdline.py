@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipe_emu.cli.cmdline import Parameters, parse_cmdline
+from ipe_emu.kernel_cmdline import Parameters, parse_cmdline
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""H, the agent of a boot: it prepares what the machine mounts, and puts it where the machine wants it.
+
+A single-threaded process in the outer user namespace, with power over the machine's mount namespaces. It forks the
+keeper, and then answers the supervisor's requests one by one until that is gone.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from attrs import define
+
+from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS
+from ipe_emu.exec_hook.channel import Channel, Message
+from ipe_emu.exec_hook.mount_plan import SecurityFs
+from ipe_emu.linux import mounts, namespaces, process
+from ipe_emu.linux.mounts import Attribute, Propagation
+from ipe_emu.linux.namespaces import Namespace
+from ipe_emu.rehearse import keeper
+from ipe_emu.rehearse.blueprint import BootBlueprint
+from ipe_emu.rehearse.staging import DIRECTORIES, SESSION, STAGING
+
+_UMOUNT_NOFOLLOW: Final = 8
+
+
+def main(channel: Channel, supervisor: int, *, requests: Channel, blueprint: BootBlueprint) -> NoReturn:
+    """Be the agent, until the supervisor is gone. A failure before the machine is there is the message ``failed``."""
+    try:
+        process.die_with_parent()
+        if os.getppid() != supervisor:
+            os._exit(1)  # it died before that took effect
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        process.set_name(b"ipe-emu agent")
+        namespace = _prepare(channel)
+        # Made here, it belongs to the outer user namespace: whatever the machine does, its processes end with it.
+        namespaces.unshare(Namespace.PID)
+        agent = os.pidfd_open(os.getpid())
+        if os.fork() == 0:
+            requests.close()
+            keeper.main(channel, agent, blueprint)
+        channel.close()
+        os.close(agent)
+        _Server(requests, namespace, blueprint.root).serve()
+    except OSError as error:
+        channel.report_failure(error)
+    finally:
+        os._exit(0)
+
+
+def _prepare(channel: Channel) -> int:
+    """Mount the staging directory and the FUSE session in a mount namespace of its own; return a descriptor of it."""
+    fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    namespaces.unshare(Namespace.MOUNT)
+    mounts.make_private()
+    mounts.attach_new(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"755"}, Attribute.NONE, STAGING)
+    for directory in DIRECTORIES:
+        directory.mkdir()
+    # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
+    SecurityFs(fuse, SESSION).execute()
+    root = os.open(SESSION, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    channel.send("fuse", {"device": mounts.mount_at(SESSION).device}, [fuse, root])
+    os.close(fuse)
+    os.close(root)
+    return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@define(eq=False)
+class _Server:
+    """Answers requests.
+
+    ``namespace`` is a descriptor of its own mount namespace, ``machine_root`` the uid and gid of the machine's root.
+    """
+
+    requests: Channel
+    namespace: int
+    machine_root: int
+
+    def serve(self) -> None:
+        """Answer until nobody is there to ask."""
+        kinds: Mapping[str, Callable[[dict[str, Any], list[int]], None]] = {
+            "stage": self.stage,
+            "bind": self.bind,
+            "attach": self.attach,
+            "detach": self.detach,
+            "node": self.node,
+        }
+        while (message := self.requests.receive()) is not None:
+            try:
+                kinds[message.kind](message.values, message.fds)
+                answer: dict[str, Any] = {}
+            except OSError as error:
+                answer = {"errno": error.errno, "why": str(error)}
+            finally:
+                _close(message)
+            self.requests.send("answer", answer)
+
+    def stage(self, values: dict[str, Any], fds: list[int]) -> None:
+        """Mount a detached mount in the staging directory; what is mounted on it later appears on its copies too."""
+        mounts.attach(fds[0], Path(values["path"]))
+        mounts.set_attributes(Path(values["path"]), Attribute.NONE, propagation=Propagation.SHARED)
+
+    def bind(self, values: dict[str, Any], _fds: list[int]) -> None:
+        """Mount a copy of a mount of this namespace, or of a part of it, on another path."""
+        self._with_copy(Path(values["source"]), False, lambda tree: mounts.attach(tree, Path(values["target"])))
+
+    def attach(self, values: dict[str, Any], fds: list[int]) -> None:
+        """In the namespace ``fds[0]``, mount on ``fds[1]`` a copy of what is staged, or the detached ``fds[2]``."""
+
+        def attach_there(tree: int) -> None:
+            # Where it is staged, more may be mounted on it later; not the other way round.
+            mounts.set_attributes(tree, Attribute(values["attributes"]), propagation=Propagation.SLAVE)
+            with self._in(fds[0]):
+                mounts.attach_at(tree, fds[1])
+
+        if values["source"] is None:
+            attach_there(fds[2])
+        else:
+            self._with_copy(Path(values["source"]), True, attach_there)
+
+    def detach(self, _values: dict[str, Any], fds: list[int]) -> None:
+        """Unmount, in the namespace ``fds[0]``, the mount whose root ``fds[1]`` is, with all that is mounted on it."""
+        with self._in(fds[0]):
+            os.fchdir(fds[1])
+            mounts.detach(b".")
+
+    def node(self, values: dict[str, Any], fds: list[int]) -> None:
+        """In the namespace ``fds[0]``, have a name in the directory ``fds[1]`` lead to a copy of what is staged."""
+        name = os.fsencode(values["name"])
+        with self._as_machine_root():
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fds[1]))
+
+        def attach_there(tree: int) -> None:
+            with self._in(fds[0]):
+                target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fds[1])
+                try:
+                    mounts.attach_at(tree, target)
+                finally:
+                    os.close(target)
+
+        self._with_copy(Path(values["source"]), False, attach_there)
+
+    def _with_copy(self, source: Path, recursive: bool, use: Callable[[int], None]) -> None:
+        tree = mounts.clone(source, recursive=recursive)
+        try:
+            use(tree)
+        finally:
+            os.close(tree)
+
+    @contextmanager
+    def _in(self, namespace: int) -> Iterator[None]:
+        namespaces.enter(namespace, Namespace.MOUNT)
+        try:
+            yield
+        finally:
+            # Back at its root as well: a working directory elsewhere would keep a mount busy.
+            namespaces.enter(self.namespace, Namespace.MOUNT)
+
+    @contextmanager
+    def _as_machine_root(self) -> Iterator[None]:
+        os.setegid(self.machine_root)
+        os.seteuid(self.machine_root)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            process.die_with_parent()  # forgotten with every change of ids
+
+
+def _close(message: Message) -> None:
+    for fd in message.fds:
+        os.close(fd)

@@ -1,0 +1,393 @@
+"""``ipe-emu boot``: an initramfs, from the kernel's execution of /init to the end of the machine."""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from attrs import define, evolve, field, frozen
+
+from ipe_emu.errors import CannotEmulateError, KernelError, NotJudgedError
+from ipe_emu.event import Subject
+from ipe_emu.exec_hook import footing, hook
+from ipe_emu.exec_hook.caller import Caller
+from ipe_emu.exec_hook.channel import Channel, Message
+from ipe_emu.exec_hook.execve import plan_execve, read_path
+from ipe_emu.exec_hook.plan import Continue, Perform, Plan
+from ipe_emu.exec_hook.plan import Event as AskedEvent
+from ipe_emu.exec_hook.report import Report
+from ipe_emu.exec_hook.sandbox import Sandbox
+from ipe_emu.exec_hook.supervisor import Notifications, SecurityFsServer
+from ipe_emu.exec_hook.traps import Trap
+from ipe_emu.integrity.facts import Facts
+from ipe_emu.kernel_cmdline import words
+from ipe_emu.linux import openat2, process, procfs
+from ipe_emu.linux.mountinfo import MountEntry, Superblocks
+from ipe_emu.linux.seccomp import Listener
+from ipe_emu.lsm import Decision
+from ipe_emu.rehearse import agent as agent_process
+from ipe_emu.rehearse import events
+from ipe_emu.rehearse.blueprint import BootBlueprint
+from ipe_emu.rehearse.console import Console
+from ipe_emu.rehearse.events import Timeline
+from ipe_emu.rehearse.facts import SuperblockFacts
+from ipe_emu.rehearse.image import Unpacked
+from ipe_emu.rehearse.init_arguments import InitArguments
+from ipe_emu.rehearse.live import Live
+from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting
+from ipe_emu.rehearse.power import Power
+from ipe_emu.rehearse.requests import Agent
+from ipe_emu.rehearse.staging import DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.watch import WatchedIpe
+
+if TYPE_CHECKING:
+    from ipe_securityfs.mount import Session
+
+#: Calls that a kernel before 5.2 would not have: who mounts falls back to mount(2), which can be answered.
+_ABSENT: Final = (
+    "fsopen",
+    "fsconfig",
+    "fsmount",
+    "fspick",
+    "open_tree",
+    "open_tree_attr",
+    "move_mount",
+    "mount_setattr",
+)
+#: How many pid namespaces below ours the machine's is: that of the keeper lies between.
+_PID_DEPTH: Final = 2
+#: The level that a line written to /dev/kmsg may begin with.
+_LEVEL: Final = re.compile(r"^<\d+>")
+#: Devices of this machine that every program may use.
+_SHARED_DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
+#: By number, what stands for a device node of the image.
+_KNOWN_NODES: Final = {
+    (1, 3): "null", (1, 5): "zero", (1, 7): "full", (1, 8): "random", (1, 9): "urandom", (1, 11): "kmsg",
+    (5, 0): "tty", (5, 1): "console",
+}  # fmt: skip
+
+
+@frozen
+class BootOptions:
+    """What to boot, and how.
+
+    ``make_ipe`` makes the booted emulator, which notes what happens in a timeline. ``unpack`` puts the image into the
+    directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
+    ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
+    """
+
+    make_ipe: Callable[[Timeline], WatchedIpe]
+    unpack: Callable[[int], Unpacked]
+    cmdline: bytes
+    timeout: float | None = None
+    stop_at_switch_root: bool = False
+
+
+@frozen
+class Booted:
+    """What is left of a machine: the model as it was at the end, and the count of what was denied or not judged."""
+
+    ipe: WatchedIpe
+    report: Report
+
+
+def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -> Booted:
+    """Boot the image, until its machine ends; what happens is in ``timeline``, and remarks go to ``say``.
+
+    Must be called in the main thread of a process that has no others; without privileges, this process is in a user
+    namespace of its own afterwards. CannotEmulateError where this machine cannot do it: nothing was started then.
+    SignalledError if a signal made an end, NotJudgedError if the emulator itself came to one.
+    """
+    init = InitArguments.of(options.cmdline)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would have the kernel reap what we wait for
+    standing = footing.obtain(own_files=True)
+    for note in standing.notes:
+        say(note)
+    ours, theirs = Channel.pair()
+    console = Console(standing.root)
+    rehearsal = _Rehearsal(options, timeline, standing.root, Agent(ours), console)
+    blueprint = BootBlueprint(
+        user_namespace=standing.user_namespace,
+        root=standing.root,
+        rules=hook.rules(securityfs=True, traps=rehearsal.traps, absent=_ABSENT),
+        init=init,
+        unpack=options.unpack,
+    )
+
+    def be_agent(channel: Channel, supervisor: int) -> NoReturn:
+        ours.close()
+        console.close()
+        agent_process.main(channel, supervisor, requests=theirs, blueprint=blueprint)
+
+    blocked = [signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+    with contextlib.closing(console), Sandbox(be_agent, standing.root, blocked) as sandbox:
+        theirs.close()
+        return Booted(rehearsal.run(sandbox), rehearsal.report)
+
+
+@define(eq=False)
+class _Rehearsal:
+    """One boot: its parts, and the threads that answer."""
+
+    options: BootOptions
+    timeline: Timeline
+    root: int
+    agent: Agent
+    console: Console
+    report: Report = field(factory=Report, init=False)
+    superblocks: Superblocks = field(factory=Superblocks, init=False)
+    facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
+    mounting: Mounting = field(init=False)
+    power: Power = field(init=False)
+    _ipe: WatchedIpe = field(init=False)
+    _sandbox: Sandbox = field(init=False)
+    _init: int = field(default=-1, init=False)
+    _init_pid: int = field(default=0, init=False)
+    _ended: bool = field(default=False, init=False)
+    _switched: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.power = Power(self._end)
+        self.console.on_log = lambda line: self._log(_LEVEL.sub("", line))
+        self.console.on_sysrq = self.power.sysrq
+        self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
+        self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
+        self.mounting = Mounting(self.agent, self.timeline, EVERY_MACHINE_HAS)
+
+    @property
+    def traps(self) -> Sequence[Trap]:
+        """Every system call that is answered here beside those that the exec hook judges."""
+        return (*self.mounting.traps, *self.power.traps, Trap("execve", self._plan_execve))
+
+    def run(self, sandbox: Sandbox) -> WatchedIpe:
+        """Prepare the machine, start it, and wait for its end."""
+        self._sandbox = sandbox
+        server = SecurityFsServer(self, sandbox.kill)
+        server.start()
+        try:
+            self._ipe = ipe = self.options.make_ipe(self.timeline)
+            fuse = sandbox.expect("fuse")
+            self._init = sandbox.expect("init").fds[0]
+            self._init_pid = process.pid_of(self._init)
+            machine = self._machine()
+            user_namespace = machine.values["user_namespace"]
+            device = fuse.values["device"]
+            self._know_root(machine)
+            server.serve_session(
+                fuse.fds[1],
+                functools.partial(_session, self, ipe, (fuse.fds[0], fuse.fds[1]), user_namespace, device),
+            )
+            self._stage(machine, device)
+            self._serve_nodes(machine)
+            exec_hook = hook.ExecHook(
+                ipe,
+                self.facts,
+                self,
+                machine=user_namespace,
+                pid_depth=_PID_DEPTH,
+                securityfs=device,
+                traps=self.traps,
+                superblocks=self.superblocks,
+            )
+            notifications = Notifications(exec_hook, Listener(sandbox.listener()), self, sandbox.kill)
+            notifications.start()
+            with self.console.running():
+                self._watch()
+                sandbox.kill()
+                notifications.join()
+        finally:
+            sandbox.kill()
+            self.agent.close()
+            server.stop()
+            server.join()
+        return ipe
+
+    # -- before it starts -------------------------------------------------------------------------------------------
+
+    def _machine(self) -> Message:
+        message = self._sandbox.next(self._sandbox.interrupt)
+        if message.kind == "not-judged":
+            raise NotJudgedError(message.values["why"])
+        if message.kind != "machine":
+            raise CannotEmulateError(f"the machine cannot be made: {message.values.get('why', message.kind)}")
+        for text in message.values["log"]:
+            self._log(text)
+        return message
+
+    def _know_root(self, machine: Message) -> None:
+        """The first root is the initramfs's for good, whether anybody still sees it or not."""
+        device = machine.values["device"]
+        number = f"{os.major(device)}:{os.minor(device)}"
+        mount = machine.values["mount"]
+        self.superblocks.names[number] = "rootfs"
+        self.superblocks.mounts[mount] = MountEntry(mount, number, b"/", b"/", "tmpfs", b"rootfs")
+        self.facts.by_device[number] = Facts(boot_verified=True)
+        self.mounting.root_mount = mount
+
+    def _stage(self, machine: Message, securityfs: int) -> None:
+        """Give the agent what the machine made for it, and complete that."""
+        for path, fd in zip((DEVTMPFS, SYSFS, PROC), machine.fds, strict=True):
+            self.mounting.devices[path] = os.fstat(fd).st_dev
+            self.agent.stage(fd, path)
+            os.close(fd)
+        self.mounting.devices[SECURITYFS] = securityfs
+        for name in _SHARED_DEVICES:
+            self.agent.bind(Path("/dev") / name, DEVTMPFS / name)
+        self.agent.bind(self.console.console.path, DEVTMPFS / "console")
+        self.agent.bind(self.console.kmsg.path, DEVTMPFS / "kmsg")
+        for name in ("cmdline", "filesystems"):
+            self.agent.bind(TEXTS / name, PROC / name)
+        with contextlib.suppress(KernelError):  # a kernel without it
+            self.agent.bind(self.console.sysrq.path, PROC / "sysrq-trigger")
+
+    def _serve_nodes(self, machine: Message) -> None:
+        """Have the device nodes of the image lead to what stands for them."""
+        root = os.open(f"/proc/{self._init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for paths, number in machine.values["nodes"]:
+                name = _KNOWN_NODES.get(tuple(number))
+                for path in paths if name else ():
+                    target = openat2.open_path(root, os.fsencode(path), openat2.RESOLVE_IN_ROOT)
+                    try:
+                        self.agent.attach(self._init_pid, target, DEVTMPFS / str(name))
+                    finally:
+                        os.close(target)
+        finally:
+            os.close(root)
+
+    # -- while it runs ----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Start the init process, and wait for its end or for that of the time it is given."""
+        timeout = self.options.timeout
+        end = None if timeout is None else time.monotonic() + timeout
+        self.timeline.start()
+        self._sandbox.tell("start")
+        while True:
+            try:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                message = self._sandbox.next(self._sandbox.interrupt, left)
+            except TimeoutError:
+                self.timeline.add(events.TimedOut(self.timeline.now, None, timeout or 0.0))
+                return
+            match message.kind:
+                case "log":
+                    self._log(message.values["text"])
+                case "panic":
+                    self._panic(message.values["text"])
+                case "no-init":
+                    self._no_init(message.values["path"])
+                case "ended":
+                    if not self._ended:
+                        self._panic(f"Attempted to kill init! exitcode=0x{message.values['status']:08x}")
+                    return
+                case _:
+                    raise NotJudgedError(f"the machine failed: {message.values.get('why', message.kind)}")
+
+    def _plan_execve(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
+        """See the init process execute a program of another root than the first one."""
+        if self._switched or caller.tracee.pid != self._init_pid:
+            return None
+        root = caller.tracee.open_root()
+        try:
+            if procfs.mount_id("self", root) == self.mounting.root_mount:
+                return None
+        finally:
+            os.close(root)
+        plan = plan_execve(caller, args, self._ipe.profile)
+        if not isinstance(plan.answer, Continue):
+            return plan
+        program = os.fsdecode(read_path(caller.tracee, args[0]))
+        subject = caller.subject
+        if self.options.stop_at_switch_root:
+            return evolve(plan, answer=Perform(lambda: self._switch_root(program, subject)))
+        return evolve(plan, answer=Continue(lambda: self._switch_root(program, subject)))
+
+    def _switch_root(self, program: str, subject: Subject) -> int:
+        self._switched = True
+        self.timeline.add(events.SwitchedRoot(self.timeline.now, subject, program))
+        if self.options.stop_at_switch_root:
+            self._kill()
+        return 0
+
+    def _end(self, how: str, means: str, caller: Caller | None) -> None:
+        """The machine was told to end."""
+        if not self._ended:
+            by = caller.subject if caller is not None else None
+            self.timeline.add(events.Rebooted(self.timeline.now, by, how, means))
+            self._kill()
+
+    def _kill(self) -> None:
+        self._ended = True
+        process.send_signal(self._init, signal.SIGKILL)
+
+    def _log(self, text: str) -> None:
+        self.timeline.add(events.Message(self.timeline.now, None, text))
+
+    def _panic(self, text: str) -> None:
+        if not self._ended:
+            self._ended = True
+            self.timeline.add(events.Panicked(self.timeline.now, None, text))
+
+    def _no_init(self, path: str) -> None:
+        """What ``prepare_namespace()`` does where the initramfs has no init: it mounts the root that root= names."""
+        if any(word.startswith(b"root=") for word in words(self.options.cmdline)):
+            self._ended = True
+            reason = f"the image has no {path}: a kernel would mount what root= says, which is not emulated"
+            self.timeline.add(events.NotJudged(self.timeline.now, None, "boot", reason))
+        else:
+            self._log(f"check access for rdinit={path} failed: -2, ignoring")
+            self._panic('VFS: Unable to mount root fs on "" or unknown-block(0,0)')
+
+    # -- what the exec hook reports (hook.Observer, supervisor.Failures) ----------------------------------------------
+
+    def denied(self, event: AskedEvent, decision: Decision) -> None:
+        """Count it; the model has noted it in the timeline."""
+        self.report.denied(event, decision)
+
+    def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
+        """Note a call that could not be judged."""
+        self.report.not_judged(subject, call, reason)
+        self.timeline.add(events.NotJudged(self.timeline.now, subject, call, reason))
+
+    def not_done(self, subject: Subject | None, call: str, what: str) -> None:
+        """Note a call that returned success without being carried out."""
+        self.report.not_done(subject, call, what)
+        self.timeline.add(events.NotDone(self.timeline.now, subject, call, what))
+
+    def failed(self, what: str) -> None:
+        """Note that a part of the emulator failed."""
+        self.report.failed(what)
+        self.timeline.add(events.Failed(self.timeline.now, None, what))
+
+
+def _session(
+    rehearsal: _Rehearsal, ipe: WatchedIpe, fuse: tuple[int, int], user_namespace: int, device: int
+) -> "Session":
+    from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - slow; this is another thread
+    from ipe_securityfs.mount import Session  # noqa: PLC0415
+    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
+    from ipe_securityfs.tree import Owner  # noqa: PLC0415
+
+    descriptor, root = fuse
+    mounted_as = MountedAs(
+        Credentials(frozenset({user_namespace})),
+        rehearsal.facts,
+        removable_at=f"/proc/self/fd/{root}/{SECURITYFS.name}",
+        device=device,
+        pid_level=_PID_DEPTH,
+        size_trick=False,  # the exec hook answers sendfile(2)
+        superblocks=rehearsal.superblocks,
+        names_writers=True,
+    )
+    owner = Owner(rehearsal.root, rehearsal.root)
+    session = Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner, beside_others=True)
+    if session.subtrees is not None:
+        session.subtrees.add_text(b"cmdline", lambda: rehearsal.options.cmdline + b"\n")
+        session.subtrees.add_text(b"filesystems", lambda: "".join(FILE_SYSTEMS).encode())
+    return session

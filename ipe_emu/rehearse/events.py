@@ -1,0 +1,196 @@
+"""What happens in a rehearsed boot, as one list of typed values: every report is made of it.
+
+``when`` is seconds since the kernel would start the init process, ``by`` the process that did it (None where it is the
+machine itself, or not known).
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from attrs import define, field, frozen
+
+from ipe_emu.event import File, Hook, Subject
+from ipe_emu.lsm import Decision
+from ipe_emu.policy.rule import Operation
+
+
+@frozen
+class _Happened:
+    when: float
+    by: Subject | None
+
+
+@frozen
+class PolicyLoaded(_Happened):
+    """A policy was loaded, or replaced by a newer version of itself (``updated``)."""
+
+    name: str
+    version: str
+    signed: bool
+    updated: bool
+
+
+@frozen
+class PolicyActivated(_Happened):
+    """A policy became the active one, in the place of ``before``."""
+
+    name: str
+    version: str
+    before: str | None
+
+
+@frozen
+class PolicyDeleted(_Happened):
+    """A policy was deleted."""
+
+    name: str
+
+
+@frozen
+class ControlFailed(_Happened):
+    """Writing to a node of the securityfs failed: ``node`` as the path below ``ipe``, and what the kernel answers."""
+
+    node: str
+    errno: int
+    reason: str
+
+
+@frozen
+class EnforceChanged(_Happened):
+    """Enforcement was switched."""
+
+    enforce: bool
+
+
+@frozen
+class Judged(_Happened):
+    """IPE was asked. ``decision.errno`` is EACCES for what was denied."""
+
+    operation: Operation
+    hook: Hook
+    file: File | None
+    decision: Decision
+
+
+@frozen
+class Mounted(_Happened):
+    """A file system was mounted by the emulator; ``note`` says how it differs from a kernel's."""
+
+    kind: str
+    target: str
+    note: str = ""
+
+
+@frozen
+class SwitchedRoot(_Happened):
+    """The init process executes a program of another root file system (``switch_root``)."""
+
+    program: str
+
+
+@frozen
+class NotJudged(_Happened):
+    """A call could not be judged, or not be emulated, and failed for that."""
+
+    call: str
+    reason: str
+
+
+@frozen
+class NotDone(_Happened):
+    """A call that the policy allows returned success, and was not carried out."""
+
+    call: str
+    what: str
+
+
+@frozen
+class Message(_Happened):
+    """A line of the kernel's log: its own, or one that somebody wrote to /dev/kmsg."""
+
+    text: str
+
+
+@frozen
+class Rebooted(_Happened):
+    """The machine was told to restart, halt or power off; ``how`` says which, ``means`` how it was told."""
+
+    how: str
+    means: str
+
+
+@frozen
+class Panicked(_Happened):
+    """The kernel gives up, with this message."""
+
+    message: str
+
+
+@frozen
+class TimedOut(_Happened):
+    """The machine was still running when its time was over, after so many seconds."""
+
+    seconds: float
+
+
+@frozen
+class Failed(_Happened):
+    """A part of the emulator failed: nothing that it answered counts."""
+
+    what: str
+
+
+Event = (
+    PolicyLoaded
+    | PolicyActivated
+    | PolicyDeleted
+    | ControlFailed
+    | EnforceChanged
+    | Judged
+    | Mounted
+    | SwitchedRoot
+    | NotJudged
+    | NotDone
+    | Message
+    | Rebooted
+    | Panicked
+    | TimedOut
+    | Failed
+)
+
+
+@define(eq=False)
+class Timeline:
+    """The events so far, in order; may be told of more from any thread."""
+
+    _listeners: list[Callable[[Event], None]] = field(factory=list, init=False)
+    _events: list[Event] = field(factory=list, init=False)
+    _start: float | None = field(default=None, init=False)
+    _lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened until now."""
+        with self._lock:
+            return tuple(self._events)
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        """Have ``listener`` called with every event from now on, one at a time, in the thread that tells of it."""
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Begin to count time: now the kernel would start the init process."""
+        self._start = time.monotonic()
+
+    @property
+    def now(self) -> float:
+        """The time that an event has which happens now."""
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+    def add(self, event: Event) -> None:
+        """Note that something happened."""
+        with self._lock:
+            self._events.append(event)
+            for listener in self._listeners:
+                listener(event)

@@ -1,0 +1,75 @@
+"""The supervisor's side of a boot's agent: what it can be asked to mount, and where."""
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from ipe_emu.errors import KernelError, NotJudgedError
+from ipe_emu.exec_hook.channel import Channel
+from ipe_emu.linux.mounts import Attribute
+from ipe_emu.rehearse.staging import DEVTMPFS
+
+
+@define(eq=False)
+class Agent:
+    """Asks the agent, from any thread; an errno that it meets becomes a KernelError.
+
+    A mount namespace is given by the process that is in it, and a place in it by an O_PATH descriptor. NotJudgedError
+    if the agent is gone.
+    """
+
+    _requests: Channel
+    _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
+
+    def stage(self, mount: int, path: Path) -> None:
+        """Keep a detached mount in the staging directory, as the original of what `attach` mounts."""
+        self._ask("stage", {"path": str(path)}, [mount])
+
+    def bind(self, source: Path, target: Path) -> None:
+        """Mount a path of this machine on a staged one; it appears wherever that is mounted in the tree."""
+        self._ask("bind", {"source": str(source), "target": str(target)})
+
+    def attach(self, pid: int, target: int, source: Path | int, attributes: Attribute = Attribute.NONE) -> None:
+        """Mount a copy of a staged path, with what is mounted on it, or a detached mount, on ``target``."""
+        staged = str(source) if isinstance(source, Path) else None
+        detached = [source] if isinstance(source, int) else []
+        self._ask_in(pid, "attach", {"source": staged, "attributes": int(attributes)}, [target, *detached])
+
+    def detach(self, pid: int, root: int) -> None:
+        """Unmount the mount whose root is ``root``, with all that is mounted on it and whoever uses it (MNT_DETACH)."""
+        self._ask_in(pid, "detach", {}, [root])
+
+    def node(self, pid: int, directory: int, name: bytes, source: Path) -> None:
+        """Make a name in a directory and mount a copy of a staged file on it: as mknod(2), where that cannot be."""
+        self._ask_in(pid, "node", {"name": os.fsdecode(name), "source": str(source)}, [directory])
+
+    def device(self, name: str, source: Path) -> None:
+        """Mount a copy of a staged file, or one of this machine, on a name that the devtmpfs has."""
+        self.bind(source, DEVTMPFS / name)
+
+    def _ask_in(self, pid: int, kind: str, values: dict[str, Any], fds: Sequence[int]) -> None:
+        namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._ask(kind, values, [namespace, *fds])
+        finally:
+            os.close(namespace)
+
+    def _ask(self, kind: str, values: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        with self._lock:
+            try:
+                self._requests.send(kind, values, fds)
+                answer = self._requests.receive()
+            except BrokenPipeError:
+                answer = None
+        if answer is None:
+            raise NotJudgedError("the agent of the machine is gone")
+        if "errno" in answer.values:
+            raise KernelError(answer.values["errno"], answer.values["why"])
+
+    def close(self) -> None:
+        """Let the agent end."""
+        self._requests.close()

@@ -1,0 +1,23 @@
+"""Where the agent of a boot keeps what it mounts for the machine: a mount namespace that the machine never sees."""
+
+from pathlib import Path
+from typing import Final
+
+#: Any directory of the host's will do: what it holds is of no use to the agent.
+STAGING: Final = Path("/sys")
+#: The FUSE session, and what it serves (``ipe_securityfs.subtrees``).
+SESSION: Final = STAGING / "session"
+SECURITYFS: Final = SESSION / "security"
+TEXTS: Final = SESSION / "texts"
+DEVICE_NODES: Final = SESSION / "devices"
+#: What stands for the machine's file systems of these types.
+DEVTMPFS: Final = STAGING / "devtmpfs"
+SYSFS: Final = STAGING / "sysfs"
+PROC: Final = STAGING / "proc"
+CGROUP2: Final = STAGING / "cgroup2"
+#: An empty directory, that of no file system which is served here.
+EMPTY: Final = STAGING / "empty"
+#: Where the machine's root file system is mounted until it is the root.
+ROOT: Final = STAGING / "root"
+
+DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, CGROUP2, EMPTY, ROOT)

@@ -1,0 +1,201 @@
+"""Whole boots of small images: policies change hands, roots are switched, machines end."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.exec_hook.running import Runner, runner
+from tests.rehearse.images import BOOT_POLICY, MOUNTS, NEW_ROOT, boot, build_tree
+
+pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
+
+LOCKDOWN = """policy_name=Lockdown policy_version=1.0.0
+DEFAULT action=ALLOW
+op=POLICY action=DENY
+op=EXECUTE boot_verified=TRUE action=ALLOW
+"""
+STRICT = """policy_name=Strict policy_version=1.0.0
+DEFAULT action=DENY
+op=EXECUTE boot_verified=TRUE action=ALLOW
+"""
+TAKE_OVER = f"""{MOUNTS}
+cat /etc/new.pol > $IPE/new_policy
+for policy in $IPE/policies/*; do
+    [ $policy = $IPE/policies/Boot ] || echo 1 > $policy/active
+done
+echo 1 > $IPE/policies/Boot/delete
+echo policies: $(ls $IPE/policies)
+{NEW_ROOT}
+umount /sys/kernel/security /sys /proc /dev || echo cannot unmount
+exec switch_root /newroot /init an argument
+"""
+NEW_INIT = """#!/bin/sh
+echo in the new root: pid $$, $# arguments: $*
+/bin/busybox poweroff -f
+"""
+
+
+def test_an_unsigned_policy_takes_over_and_a_new_root_runs(emu: Runner) -> None:
+    tree = build_tree(emu.place / "tree", TAKE_OVER, {"etc/new.pol": LOCKDOWN, "etc/newinit": NEW_INIT})
+    done = boot(emu, tree, cmdline="ipe.success_audit=1")
+    assert done.output == ["policies: Lockdown", "in the new root: pid 1, 2 arguments: an argument"]
+    assert done.status == 0, done.errors
+    # The kernel's own execution, before there is a process of another name.
+    first = done.records[0]
+    assert re.search(
+        r'ipe_op=EXECUTE ipe_hook=BPRM_CHECK enforcing=1 pid=1 comm="swapper/0" path="/init" dev="rootfs" ino=\d+'
+        r' rule="op=EXECUTE boot_verified=TRUE action=ALLOW"$',
+        first,
+    ), first
+    admitted = done.record("ipe_hook=POLICY_LOAD")
+    assert 'path="/bin/busybox" dev="rootfs"' in admitted
+    assert 'rule="op=POLICY boot_verified=TRUE action=ALLOW"' in admitted
+    assert 'policy_name="Lockdown" policy_version=1.0.0' in done.record("IPE_POLICY_LOAD")
+    activated = done.record("IPE_CONFIG_CHANGE")
+    assert 'old_active_pol_name="Boot"' in activated
+    assert 'new_active_pol_name="Lockdown"' in activated
+    # The first root is the initramfs's until its last program; the new root is not.
+    last = done.record('comm="switch_root" path="/init"')
+    assert 'dev="tmpfs"' in last
+    assert 'rule="DEFAULT action=ALLOW"' in last
+    after = done.records[done.records.index(last) + 1 :]
+    assert after
+    assert all('dev="tmpfs"' in record for record in after)
+    assert "policy deleted: Boot (by init, pid 1)" in done.errors
+    assert "result: as expected: powered off, by reboot(2)" in done.errors
+    assert "done here, refused by linux-7.3: 1; the first: unsigned policy Lockdown" in done.errors
+
+
+def test_the_new_root_is_not_boot_verified(emu: Runner) -> None:
+    tree = build_tree(emu.place / "tree", TAKE_OVER, {"etc/new.pol": STRICT, "etc/newinit": NEW_INIT})
+    done = boot(emu, tree)
+    assert done.status == 1
+    assert done.output == ["policies: Strict", "switch_root: can't execute '/init': Permission denied"]
+    denied = done.record("ipe_op=EXECUTE")
+    assert 'pid=1 comm="switch_root" path="/init" dev="tmpfs"' in denied
+    assert 'rule="DEFAULT action=DENY"' in denied
+    assert "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100" in done.errors
+    assert "result: the policy failed it: denied: EXECUTE BPRM_CHECK /init on tmpfs: DEFAULT action=DENY" in done.errors
+
+
+def test_a_released_kernel_refuses_the_unsigned_policy(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", TAKE_OVER, {"etc/new.pol": LOCKDOWN, "etc/newinit": NEW_INIT})
+    done = boot(one, tree, "--kernel", "linux-7.3")
+    assert done.status == 1
+    assert "policies: Boot" in done.output
+    assert "failed: writing new_policy: EBADMSG" in done.errors
+
+
+def test_the_rehearsal_can_end_at_the_new_root(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", TAKE_OVER, {"etc/new.pol": LOCKDOWN, "etc/newinit": NEW_INIT})
+    done = boot(one, tree, "--until", "switch-root")
+    assert done.status == 0
+    assert done.output == ["policies: Lockdown"]
+    assert "result: as expected: switched to a new root, where /init is executed" in done.errors
+
+
+def test_a_denial_at_the_new_root_is_a_failure_there_too(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", TAKE_OVER, {"etc/new.pol": STRICT, "etc/newinit": NEW_INIT})
+    assert boot(one, tree, "--until", "switch-root").status == 1
+
+
+def test_subordinate_ids_become_owners(tmp_path: Path) -> None:
+    if not (emu := runner(tmp_path, plain_user=tmp_path.owner() == "root", subordinate_ids=True)).plain_user:
+        pytest.skip("not root")
+    tree = build_tree(
+        emu.place / "tree", "chown 5:7 /etc/file; stat -c %u:%g /etc/file; poweroff -f\n", {"etc/file": ""}
+    )
+    done = boot(emu, tree)
+    assert done.output == ["5:7"]
+    assert done.status == 0
+
+
+# -- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("poweroff -f", 0, "as expected: powered off, by reboot(2)"),
+        ("reboot -f", 0, "as expected: restarted, by reboot(2)"),
+        ("halt -f", 0, "as expected: halted, by reboot(2)"),
+        ("exit 3", 3, "Attempted to kill init! exitcode=0x00000300"),
+        ("kill -SEGV $$; kill -KILL 1", 3, "Attempted to kill init! exitcode=0x00000000"),
+    ],
+)
+def test_how_a_machine_ends(one: Runner, command: str, status: int, said: str) -> None:
+    done = boot(one, build_tree(one.place / "tree", f"mount -t proc proc /proc\n{command}\n"))
+    assert done.status == status, done.errors
+    assert said in done.errors
+
+
+def test_a_machine_that_does_not_end(one: Runner) -> None:
+    done = boot(one, build_tree(one.place / "tree", "exec sleep 1000\n"), "--timeout", "1")
+    assert done.status == 3
+    assert "result: the machine failed for its own reasons: still running after 1 s" in done.errors
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "said", "status"),
+    [
+        ("", "VFS: Unable to mount root fs", 3),
+        ("root=/dev/vda1", "a kernel would mount what root= says, which is not emulated", 4),
+    ],
+)
+def test_an_image_without_init(one: Runner, cmdline: str, said: str, status: int) -> None:
+    tree = build_tree(one.place / "tree", "")
+    (tree / "init").unlink()
+    done = boot(one, tree, cmdline=cmdline)
+    assert done.status == status, done.errors
+    assert said in done.errors
+
+
+def test_an_init_that_cannot_be_executed(one: Runner) -> None:
+    done = boot(one, build_tree(one.place / "tree", "", mode=0o644), "--timeout", "1")
+    # The kernel goes on to /bin/sh, which reads an empty console.
+    assert "Failed to execute /init (error -13)" in done.errors
+    assert "Run /bin/sh as init process" in done.errors
+
+
+def test_a_policy_that_denies_init(one: Runner) -> None:
+    policy = "policy_name=No policy_version=0.0.0\nDEFAULT action=DENY\n"
+    done = boot(one, build_tree(one.place / "tree", "echo never\n"), policy=policy)
+    assert done.output == []
+    assert done.status == 1
+    assert "No working init found." in done.errors
+    assert 'comm="swapper/0" path="/bin/busybox"' in done.records[-1]  # /bin/sh, the last resort
+
+
+# -- what the init process gets ---------------------------------------------------------------------------------------
+
+
+def test_words_of_the_command_line_reach_init(one: Runner) -> None:
+    script = 'echo "$0 $*"; env | sort; id -u; tty; cat /proc/self/stat | cut -d" " -f5-7; poweroff -f\n'
+    tree = build_tree(one.place / "tree", f"mount -t proc proc /proc; {script}")
+    done = boot(one, tree, cmdline="quiet one mod.x=1 TERM=vt100 X=a=b ro two -- three=3 quiet")
+    assert done.output[0] == "/init one two three=3 quiet"
+    assert done.output[1:6] == ["HOME=/", "PATH=/bin", "PWD=/", "SHLVL=1", "TERM=vt100"]
+    assert done.output[6:9] == ["X=a=b", "0", "/dev/console"]
+    assert done.output[9] == "0 0 0"  # no process group, no session, no terminal of its own
+    assert done.status == 0
+
+
+def test_another_init_can_be_asked_for(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", "", {"etc/other": "#!/bin/sh\necho other $*\n/bin/poweroff -f\n"})
+    done = boot(one, tree, cmdline="lost rdinit=/etc/other kept")
+    assert done.output == ["other kept"]
+
+
+def test_permissive_mode_by_the_command_line(one: Runner) -> None:
+    policy = BOOT_POLICY.replace("boot_verified=TRUE", "boot_verified=FALSE")
+    done = boot(one, build_tree(one.place / "tree", "echo ran; poweroff -f\n"), policy=policy, cmdline="ipe.enforce=0")
+    assert done.output == ["ran"]
+    assert done.status == 0
+    assert "enforcing=0" in done.records[0]
+
+
+def test_without_a_policy_everything_runs(one: Runner) -> None:
+    done = boot(one, build_tree(one.place / "tree", "echo ran; poweroff -f\n"), policy=None)
+    assert done.output == ["ran"]
+    assert done.records == []
