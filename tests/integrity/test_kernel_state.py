@@ -1,21 +1,27 @@
 """What this machine's kernel would vouch for, by answers recorded on kernels that do.
 
 No machine that tests run on need have fs-verity or device-mapper: answers stand here as Linux 6.12 and 7.3 gave them.
+Where it has, the last tests ask it.
 """
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from attrs import define, field
 
 from ipe_emu.errors import KernelError, NotJudgedError
+from ipe_emu.integrity.dm_verity import Parameters
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
+from ipe_emu.integrity.fsverity import measure
 from ipe_emu.integrity.kernel_state import KernelState
 from ipe_emu.integrity.sources import FactsSource, OpenFile, Place
+from ipe_emu.linux import mountinfo
 from ipe_emu.linux.mountinfo import Location
 from ipe_emu.linux.verity_state import VerityState
+from tests.integrity.tools import opened, tool, veritysetup_format
 
 DIGEST = Digest("sha256", bytes(range(32)))
 HASH = "d82898e743b7a2d1c25e2212d28d12874151b178f6a1927e4c51874f52fe6960"
@@ -145,3 +151,58 @@ def test_a_declared_digest_goes_first(file: Path) -> None:
 def test_this_machine_itself(file: Path) -> None:
     state = KernelState(Known(), VerityState(), verify)
     assert state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY)) is NO_FACTS
+
+
+# -- where the kernel has them ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 file system with fs-verity."""
+    image, place = tmp_path / "image", tmp_path / "place"
+    place.mkdir()
+    image.touch()
+    os.truncate(image, 64 << 20)
+    for command in (("mkfs.ext4", "-q", "-b", "4096", "-O", "verity", image), ("mount", "-o", "loop", image, place)):
+        assert tool(*command).returncode == 0
+    yield place
+    assert tool("umount", place).returncode == 0
+
+
+@pytest.mark.needs("fs-verity", "root")
+def test_a_file_that_this_machine_has_sealed(mounted: Path) -> None:
+    file = mounted / "file"
+    file.write_bytes(b"content")
+    state = KernelState(Known(), VerityState(), verify)
+
+    def ask_it() -> Facts:
+        return state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY))
+
+    assert ask_it() is NO_FACTS
+    assert tool("fsverity", "enable", file).returncode == 0
+    with opened(file) as fd:
+        assert ask_it() == Facts(fsverity_digest=measure(fd, "sha256"))
+
+
+@pytest.mark.needs("device-mapper", "root")
+def test_a_file_on_a_verity_device_of_this_machine(tmp_path: Path) -> None:
+    data, tree, place = tmp_path / "data", tmp_path / "tree", tmp_path / "place"
+    place.mkdir()
+    for image in (data, tree):
+        image.touch()
+        os.truncate(image, 8 << 20)
+    assert tool("mkfs.ext4", "-q", "-b", "4096", data).returncode == 0
+    root_hash = veritysetup_format(data, tree, Parameters(2048))
+    name = f"ipe-emu-test-{os.getpid()}"
+    assert tool("veritysetup", "open", data, name, tree, root_hash).returncode == 0
+    try:
+        assert tool("mount", "-o", "ro", f"/dev/mapper/{name}", place).returncode == 0
+        try:
+            file = place / "lost+found"
+            state = KernelState(Known(), VerityState(), verify)
+            facts = state.facts_of(mountinfo.locate(bytes(file)), file.stat(), lambda: -1)
+        finally:
+            assert tool("umount", place).returncode == 0
+    finally:
+        assert tool("veritysetup", "close", name).returncode == 0
+    assert facts == Facts(dmverity_roothash=Digest("sha256", bytes.fromhex(root_hash)))
