@@ -83,7 +83,7 @@ def test_modules_and_copies_have_their_rules(ipe_emu: Run, root: Path) -> None:
     assert ("EXECUTE", "/lib/x86_64-linux-gnu/libdefault.so") in rules
     assert ("EXECUTE", "/bin/latin-\\xe9") in rules
     assert not [path for _, path in rules if "bin/not-executable" in path or "libdata" in path]
-    assert len({rule["digest"] for rule in report["rules"]}) == len(report["rules"])
+    assert len({rule["property"] for rule in report["rules"]}) == len(report["rules"])
 
 
 @pytest.mark.parametrize(

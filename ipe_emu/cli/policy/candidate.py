@@ -10,15 +10,14 @@ from ipe_emu.cli import exit_status
 from ipe_emu.cli.files import create, refuse_to_overwrite
 from ipe_emu.cli.output import complain, escape, print_bytes, say
 from ipe_emu.cli.subparsers import Subparsers, add_command
-from ipe_emu.cli.verity.progress import counting
+from ipe_emu.cli.trees import add_tree_argument, opened_tree
 from ipe_emu.errors import UserError
 from ipe_emu.policy.lint import MAX_SIGNED, SIGNATURE_BYTES, lint
 from ipe_emu.policy.parse import check_name, parse_policy
-from ipe_emu.policy.render import default_statement, statement
+from ipe_emu.policy.render import default_statement, property_statement, statement
 from ipe_emu.policy.rule import Action, Operation, Property, PropertyType, Rule, Version
 
 if TYPE_CHECKING:
-    from ipe_emu.integrity.facts import Digest
     from ipe_emu.simulate.judge import Judgement
     from ipe_emu.simulate.tree import Tree
 
@@ -34,21 +33,25 @@ def add_parser(commands: Subparsers) -> None:
         "write a candidate policy for a tree",
         run,
         description=(
-            "Write a policy that lets the programs, libraries and modules of a tree run and denies everything else,"
-            " with a rule for the fs-verity digest of each file. The exit status is 1 if it is too large to be signed."
+            "Write a policy that lets the programs, libraries and modules of a tree run and denies everything else: by"
+            " the root hash of an image, or by the fs-verity digest of each file. The exit status is 1 if it is too"
+            " large to be signed."
         ),
         examples="""\
+ipe-emu policy from --hash-image root.verity root.squashfs > candidate.pol
 ipe-emu policy from rootfs/ > candidate.pol
 ipe-emu policy from --name Tools --comments -o tools.pol /opt/tools""",
     )
-    parser.add_argument("tree", metavar="DIR", help="the root directory of the tree")
     parser.add_argument("--name", default="Candidate", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--policy-version", default="1.0.0", metavar="X.Y.Z", help="default: %(default)s")
-    parser.add_argument("--hash-alg", choices=("sha256", "sha512"), default="sha256", help="default: %(default)s")
+    parser.add_argument(
+        "--hash-alg", choices=("sha256", "sha512"), default="sha256", help="of fs-verity digests (default: %(default)s)"
+    )
     parser.add_argument("--comments", action="store_true", help="name the file before each rule")
     parser.add_argument("-o", "--output", metavar="FILE", help="where to (default: stdout)")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument("--json", action="store_true", help="print the policy and what is to be known of it as JSON")
+    add_tree_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,17 +60,19 @@ def run(args: argparse.Namespace) -> int:
         refuse_to_overwrite(args.output, force=args.force)
     candidate = _Candidate(args.name, _version(args.policy_version))
     from ipe_emu.cli.verity.images import JOBS
+    from ipe_emu.cli.verity.progress import counting
     from ipe_emu.integrity.declared import Declared
     from ipe_emu.simulate.census import census
     from ipe_emu.simulate.known import Known, Seals
-    from ipe_emu.simulate.tree import open_tree
 
-    with open_tree(args.tree) as tree, counting("measuring") as one_more:
-        for _, judgement in census(Known(tree, Declared(()), Seals(args.hash_alg), jobs=JOBS)):
+    with opened_tree(args) as (tree, root_hash), counting("looking") as one_more:
+        volume = None if root_hash is None else Property(PropertyType.DMV_ROOTHASH, root_hash)
+        seals = Seals(args.hash_alg) if volume is None else None
+        for _, judgement in census(Known(tree, Declared(()), seals, jobs=JOBS)):
             one_more()
             if judgement is not None:
-                candidate.add(judgement)
-        candidate.look_for_firmware(tree)
+                candidate.add(judgement, volume)
+        candidate.look_for_firmware(tree, volume)
     if not candidate.rules:
         complain("there is no program, library or module in this tree: no policy was written")
         return exit_status.NOT_JUDGED
@@ -98,35 +103,41 @@ class _Candidate:
 
     name: str
     version: Version
-    rules: "dict[tuple[Operation, Digest], bytes]" = field(factory=dict)
+    rules: dict[tuple[Operation, Property], bytes] = field(factory=dict)
     unmeasured: list[str] = field(factory=list)
     notes: list[str] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         check_name(self.name)
 
-    def add(self, judgement: "Judgement") -> None:
+    def add(self, judgement: "Judgement", volume: Property | None) -> None:
+        """Add the rule for a file: its volume's, or that of its own digest."""
         from ipe_emu.simulate.judge import Kind
 
         digest = judgement.facts.fsverity_digest
-        if digest is None:
+        if volume is None and digest is None:
             self.unmeasured.append(f"{escape(judgement.path)}: {escape(judgement.reason)}")
         elif judgement.asked:
             operation = Operation.KMODULE if judgement.kind is Kind.MODULE else Operation.EXECUTE
-            self.rules.setdefault((operation, digest), judgement.path)
+            prop = volume or Property(PropertyType.FSV_DIGEST, digest)
+            self.rules.setdefault((operation, prop), judgement.path)
 
-    def look_for_firmware(self, tree: "Tree") -> None:
+    def look_for_firmware(self, tree: "Tree", volume: Property | None) -> None:
+        """Let firmware be loaded from a volume; of single files, say that it is not."""
         for directory in _FIRMWARE:
             if tree.names(directory):
-                self.notes.append(f"{escape(directory)} holds firmware, which this policy does not let the kernel load")
+                if volume is not None:
+                    self.rules[Operation.FIRMWARE, volume] = directory
+                else:
+                    self.notes.append(f"{escape(directory)} holds firmware, which this policy does not let be loaded")
                 return
 
     def text(self, *, comments: bool) -> bytes:
         lines = [f"policy_name={self.name} policy_version={self.version}", default_statement(None, Action.DENY)]
-        for (operation, digest), path in self.rules.items():
+        for (operation, prop), path in self.rules.items():
             if comments:
                 lines.append(f"# {escape(path)}")
-            lines.append(statement(Rule(operation, (Property(PropertyType.FSV_DIGEST, digest),), Action.ALLOW)))
+            lines.append(statement(Rule(operation, (prop,), Action.ALLOW)))
         return "".join(f"{line}\n" for line in lines).encode()
 
     def remark(self, text: bytes) -> None:
@@ -145,7 +156,8 @@ class _Candidate:
             )
         else:
             say(f"{len(text):,} bytes, of about {limit:,} that a signed policy may have")
-        say("the rules hold for files that are sealed (fsverity enable), and for no copies that are not")
+        if any(prop.type is PropertyType.FSV_DIGEST for _, prop in self.rules):
+            say("the rules hold for files that are sealed (fsverity enable), and for no copies that are not")
         for note in (*self.notes, *(doubt.text for doubt in lint(parse_policy(text), text) if doubt.kind != "size")):
             say(f"note: {note}")
         for line in self.unmeasured[:_MOST_NAMED]:
@@ -163,8 +175,8 @@ class _Candidate:
 
     def as_json(self, text: bytes) -> dict[str, Any]:
         rules = [
-            {"operation": operation.value, "digest": str(digest), "path": escape(path)}
-            for (operation, digest), path in self.rules.items()
+            {"operation": operation.value, "property": property_statement(prop), "path": escape(path)}
+            for (operation, prop), path in self.rules.items()
         ]
         return {
             "policy": text.decode(), "bytes": len(text), "most_bytes": MAX_SIGNED - SIGNATURE_BYTES, "rules": rules,

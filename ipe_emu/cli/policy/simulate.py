@@ -11,8 +11,7 @@ from ipe_emu.cli.options import add_kernel_option, add_key_options
 from ipe_emu.cli.output import announce, complain, escape, known, say
 from ipe_emu.cli.policy.source import read_source
 from ipe_emu.cli.subparsers import Subparsers, add_command
-from ipe_emu.cli.trees import add_tree_options, opened_tree
-from ipe_emu.cli.verity.progress import counting
+from ipe_emu.cli.trees import add_facts_options, add_tree_argument, known_tree
 from ipe_emu.policy.explain import deciding_statement
 from ipe_emu.policy.index import RuleIndex
 from ipe_emu.policy.rule import Policy, PropertyType
@@ -46,6 +45,7 @@ def add_parser(commands: Subparsers) -> None:
             " if something would not, and 4 if nothing failed and something could not be judged."
         ),
         examples="""\
+ipe-emu policy simulate --policy lockdown.pol --hash-image root.verity --signed root.squashfs
 ipe-emu policy simulate --policy lockdown.pol --roothash sha256:c0ffee… rootfs/
 ipe-emu policy simulate --policy seals.pol --fsverity sha256 --all rootfs/
 ipe-emu policy simulate --policy boot.pol --boot-verified initramfs/ --json initramfs/""",
@@ -58,7 +58,8 @@ ipe-emu policy simulate --policy boot.pol --boot-verified initramfs/ --json init
         help="the kernel unpacks compressed modules itself (CONFIG_MODULE_DECOMPRESS), or leaves it to kmod",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_tree_options(parser)
+    add_tree_argument(parser)
+    add_facts_options(parser)
     add_kernel_option(parser)
     add_key_options(parser)
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Judge the tree, file by file."""
     profile = announce(args.kernel)
     policy = read_source(args.policy, args, profile).policy
+    from ipe_emu.cli.verity.progress import counting
     from ipe_emu.simulate.judge import Judge
 
     if _names_digests(policy) and args.fsverity is None and not args.integrity:
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "files": [', end="")
     separator = "\n"
-    with opened_tree(args, measured=_names_digests(policy)) as what, counting("judging") as one_more:
+    with known_tree(args, profile, measured=_names_digests(policy)) as what, counting("judging") as one_more:
         judge = Judge(RuleIndex(policy), what, module_decompress=args.module_decompress)
         for found in what.tree.walk():
             one_more()

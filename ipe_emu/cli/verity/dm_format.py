@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.files import create
+from ipe_emu.cli.hash_tree_options import add_tree_options
 from ipe_emu.cli.output import escape
 from ipe_emu.cli.subparsers import Subparsers, add_command
-from ipe_emu.cli.verity.dm_options import add_area_options, add_tree_options, described, parameters_of
+from ipe_emu.cli.verity.dm_options import add_area_options, described, parameters_of
 from ipe_emu.cli.verity.images import JOBS, naming, opened
 from ipe_emu.cli.verity.progress import progress_bar
 from ipe_emu.errors import UserError

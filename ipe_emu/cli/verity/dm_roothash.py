@@ -5,8 +5,9 @@ import json
 from contextlib import ExitStack
 
 from ipe_emu.cli import exit_status
+from ipe_emu.cli.hash_tree_options import add_tree_options
 from ipe_emu.cli.subparsers import Subparsers, add_command
-from ipe_emu.cli.verity.dm_options import add_tree_options, described, parameters_of, read_superblock
+from ipe_emu.cli.verity.dm_options import described, parameters_of, read_superblock
 from ipe_emu.cli.verity.images import JOBS, naming, opened
 from ipe_emu.cli.verity.progress import progress_bar
 from ipe_emu.integrity.dm_verity import compute_root_hash

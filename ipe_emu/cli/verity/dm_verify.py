@@ -7,12 +7,12 @@ from typing import Any
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.files import read_bounded
+from ipe_emu.cli.hash_tree_options import add_tree_options
 from ipe_emu.cli.options import add_kernel_option, add_key_options, keyrings_of
 from ipe_emu.cli.output import announce, complain, escape
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.cli.verity.dm_options import (
     add_area_options,
-    add_tree_options,
     described,
     parameters_of,
     read_superblock,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             if args.root_hash_signature is not None:
                 report["signature"] = "refused"
-                _verify_signature(args, root_hash, profile)
+                verify_signature(args, root_hash, profile)
                 report["signature"] = "verified"
             progress = stack.enter_context(progress_bar("verifying", parameters.data_size))
             volume.verify(jobs=JOBS, progress=progress)
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     return _finish(args, report | {"verified": True})
 
 
-def _verify_signature(args: argparse.Namespace, root_hash: bytes, profile: Profile) -> None:
+def verify_signature(args: argparse.Namespace, root_hash: bytes, profile: Profile) -> None:
+    """Check what ``--root-hash-signature`` names. KernelError and UserError say what is wrong with it."""
     from ipe_emu.integrity.dm_verity.signature import verify_root_hash
 
     signature = read_bounded(args.root_hash_signature, _SIGNATURE_LIMIT, "a signature of a root hash")
