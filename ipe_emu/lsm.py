@@ -16,7 +16,7 @@ from ipe_emu import audit
 from ipe_emu.audit import AuditedPolicy, AuditRecord
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.facts import NO_FACTS, Digest
+from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.integrity.fsverity_signature import verify_signature
 from ipe_emu.keyring import Keyrings
 from ipe_emu.pkcs7 import verify_pkcs7_signature
@@ -223,6 +223,13 @@ class Ipe:
             return Decision(0, None)
         denied = verdict.action is Action.DENY and self.enforce
         return Decision(errno.EACCES if denied else 0, verdict)
+
+    def passes(self, operation: Operation, facts: Facts) -> bool:
+        """Whether an event of a file with these facts would be allowed and leave no record; asking leaves none."""
+        active = self._active
+        if active is None:
+            return True
+        return not self.success_audit and evaluate(active.index, operation, facts).action is Action.ALLOW
 
     def _evaluate(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Verdict | None:
         active = self._active

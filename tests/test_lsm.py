@@ -251,3 +251,17 @@ def test_records_name_the_login_of_the_writer_and_nobody_else_asks() -> None:
     ipe.setenforce(b"0", by)
     assert len(asked) == 1
     assert b"auid=1000 ses=3" in records[0].text
+
+
+def test_what_passes_would_be_allowed_and_leave_no_record() -> None:
+    without, _ = machine(boot_policy=None)
+    assert without.passes(Operation.EXECUTE, Facts())
+    ipe, records = machine()
+    assert ipe.passes(Operation.EXECUTE, INITRAMFS.facts)
+    assert not ipe.passes(Operation.EXECUTE, Facts())
+    assert not ipe.passes(Operation.KMODULE, INITRAMFS.facts)
+    ipe.setenforce(b"0", writer())
+    assert not ipe.passes(Operation.EXECUTE, Facts())  # allowed, and recorded
+    ipe.setaudit(b"1", writer())
+    assert not ipe.passes(Operation.EXECUTE, INITRAMFS.facts)
+    assert [record.type for record in records] == [RecordType.MAC_STATUS] * 2

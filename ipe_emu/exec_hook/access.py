@@ -10,9 +10,10 @@ from typing import Final
 
 from attrs import frozen
 
-from ipe_emu.linux.tracee import Status
+from ipe_emu.linux import capabilities
+from ipe_emu.linux.capabilities import Capability
+from ipe_emu.linux.tracee import Tracee
 
-_CAP_DAC_OVERRIDE: Final = 1
 _ACL: Final = "system.posix_acl_access"
 # What the kernel shows for an id that has no mapping in the reader's user namespace (overflowuid).
 _OVERFLOW_ID: Final = 65534
@@ -28,10 +29,11 @@ class Access:
     groups: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, status: Status) -> "Access":
-        """Take them from a caller's status. A capability of a nested user namespace counts here as well."""
-        if status.capable(_CAP_DAC_OVERRIDE):
+    def of(cls, tracee: Tracee) -> "Access":
+        """Take them from a caller. A capability of a nested user namespace counts here as well."""
+        if capabilities.effective(tracee.pid) >> Capability.DAC_OVERRIDE & 1:
             return _OVERRIDE
+        status = tracee.status
         return cls(override=False, fsuid=status.fsuid, fsgid=status.fsgid, groups=status.groups)
 
     def forbids_execution(self, st: os.stat_result, fd: int) -> bool:

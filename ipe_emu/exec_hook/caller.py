@@ -10,8 +10,9 @@ from attrs import frozen
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import Access
-from ipe_emu.exec_hook.mounts import Mounts
+from ipe_emu.exec_hook.mounts import Mount, Mounts
 from ipe_emu.exec_hook.resolve import look_up
+from ipe_emu.integrity.facts import Facts
 from ipe_emu.integrity.sources import FactsSource, Place
 from ipe_emu.linux.tracee import Mapping, Tracee
 
@@ -47,6 +48,7 @@ class Caller:
         self._facts = facts
         self._machine = machine
         self._opened: list[int] = []
+        self._stats: dict[int, os.stat_result] = {}
         # Each is read once, when it is asked for.
         self._subject: Subject | None = None
         self._access: Access | None = None
@@ -85,7 +87,7 @@ class Caller:
         try:
             data = self.tracee.memory(address, size)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno != errno.EFAULT:
                 raise
             data = b""
         if len(data) < size:
@@ -107,7 +109,7 @@ class Caller:
     def access(self) -> Access:
         """What its ids permit it."""
         if self._access is None:
-            self._access = Access.of(self.tracee.status)
+            self._access = Access.of(self.tracee)
         return self._access
 
     def look_up(self, directory: int, path: bytes, *, follow: bool = True) -> int:
@@ -155,15 +157,30 @@ class Caller:
 
     def file(self, fd: int) -> File:
         """Return what IPE knows of the file behind one of our descriptors (``build_ipe_eval_ctx()``)."""
+        path, mount, facts = self._known(fd)
+        return File(self.below_root(path), mount.superblock, self.stat(fd).st_ino, facts)
+
+    def facts(self, fd: int) -> Facts:
+        """Return the facts of that alone."""
+        return self._known(fd)[2]
+
+    def stat(self, fd: int) -> os.stat_result:
+        """Return the status of one of our descriptors, as it was when it was asked for first."""
+        found = self._stats.get(fd)
+        if found is None:
+            found = self._stats[fd] = os.fstat(fd)
+        return found
+
+    def _known(self, fd: int) -> tuple[bytes, Mount, Facts]:
         path = path_of(fd)
-        st = os.fstat(fd)
+        st = self.stat(fd)
         mount, location = self._mounts.locate(self.tracee.pid, fd, path, st.st_ino)
         facts = self._facts.facts_of(
             location,
             st,
             lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
         )
-        return File(self.below_root(path), mount.superblock, st.st_ino, facts)
+        return path, mount, facts
 
     def below_root(self, path: bytes) -> bytes:
         """Name a path of the mount namespace as d_path() does for the caller, who may have changed its root."""

@@ -11,8 +11,8 @@ from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.caller import Caller, entry_name
-from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Plan, Refuse, Return
-from ipe_emu.exec_hook.write_access import deny_write_access
+from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Passes, Plan, Refuse, Return, nothing_passes
+from ipe_emu.exec_hook.write_access import IS_DENIED_BY_KERNEL, deny_write_access
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, signed_int
 from ipe_emu.linux.tracee import Tracee
 from ipe_emu.policy.rule import Operation
@@ -23,24 +23,27 @@ AT_EXECVE_CHECK: Final = 0x10000
 _PATH_MAX: Final = 4096
 
 
-def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile) -> Plan:
+def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile, passes: Passes = nothing_passes) -> Plan:
     """Plan execve(path, argv, envp)."""
-    return _plan(caller, AT_FDCWD, args[0], 0, profile)
+    return _plan(caller, AT_FDCWD, args[0], 0, profile, passes)
 
 
-def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile) -> Plan:
+def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile, passes: Passes) -> Plan:
     """Plan execveat(directory, path, argv, envp, flags)."""
-    return _plan(caller, signed_int(args[0]), args[1], signed_int(args[4]), profile)
+    return _plan(caller, signed_int(args[0]), args[1], signed_int(args[4]), profile, passes)
 
 
-def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Profile) -> Plan:
+def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Profile, passes: Passes) -> Plan:
     path = read_path(caller.tracee, address)
     if not path and not flags & AT_EMPTY_PATH:
         raise KernelError(errno.ENOENT, "the path is empty", "getname_flags")
     known = AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH | (AT_EXECVE_CHECK if profile.execve_check else 0)
     if flags & ~known:
         raise KernelError(errno.EINVAL, f"execveat(2) on {profile.name} has no such flags", "do_open_execat")
-    program = _open_execat(caller, directory, path, follow=not flags & AT_SYMLINK_NOFOLLOW)
+    follow = not flags & AT_SYMLINK_NOFOLLOW
+    if not flags & AT_EXECVE_CHECK and _goes_by(caller, directory, path, passes, follow=follow):
+        return Plan(Continue())
+    program = _open_execat(caller, directory, path, follow=follow)
     if flags & AT_EXECVE_CHECK:
         with contextlib.suppress(NotJudgedError):  # it need not be read for this
             _open_to_read(caller, program)
@@ -54,7 +57,7 @@ def read_path(tracee: Tracee, address: int) -> bytes:
     try:
         path = tracee.string(address, _PATH_MAX)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno != errno.EFAULT:
             raise
         raise KernelError(errno.EFAULT, "the path cannot be read", "strncpy_from_user") from None
     if path is None:
@@ -62,8 +65,8 @@ def read_path(tracee: Tracee, address: int) -> bytes:
     return path
 
 
-def _open_execat(caller: Caller, directory: int, path: bytes, *, follow: bool = True) -> int:
-    """Return an O_PATH descriptor of a file that may be executed (``do_open_execat()``, ``may_open()``)."""
+def _open_regular(caller: Caller, directory: int, path: bytes, *, follow: bool = True) -> int:
+    """Return an O_PATH descriptor of a regular file that is to be executed (``may_open()``)."""
     if path:
         fd = caller.look_up(directory, path, follow=follow)
     elif directory == AT_FDCWD:
@@ -73,11 +76,18 @@ def _open_execat(caller: Caller, directory: int, path: bytes, *, follow: bool = 
         if found is None:
             raise KernelError(errno.EBADF, f"descriptor {directory} is not open", "path_init")
         fd = found
-    st = os.fstat(fd)
-    if stat.S_ISLNK(st.st_mode):
+    mode = caller.stat(fd).st_mode
+    if stat.S_ISLNK(mode):
         raise KernelError(errno.ELOOP, "a symbolic link that may not be followed", "may_open")
-    if not stat.S_ISREG(st.st_mode):
+    if not stat.S_ISREG(mode):
         raise KernelError(errno.EACCES, "no regular file", "may_open")
+    return fd
+
+
+def _open_execat(caller: Caller, directory: int, path: bytes, *, follow: bool = True) -> int:
+    """Return an O_PATH descriptor of a file that may be executed (``do_open_execat()``)."""
+    fd = _open_regular(caller, directory, path, follow=follow)
+    st = caller.stat(fd)
     # Asked with our own ids, which have every permission that a mode can give: no x bit at all, or a noexec mount.
     if not os.access(b"/proc/self/fd/%d" % fd, os.X_OK, effective_ids=True) or caller.access.forbids_execution(st, fd):
         raise KernelError(errno.EACCES, "not executable, or on a mount with noexec", "do_open_execat")
@@ -89,6 +99,23 @@ def _open_to_read(caller: Caller, program: int) -> int:
     fd = caller.readable(program)
     deny_write_access(fd, certain=False)  # where it is uncertain, the kernel finds out when it carries the call out
     return fd
+
+
+class _RecordError(Exception):
+    """An event of an execution is denied, or is to be recorded."""
+
+
+def _goes_by(caller: Caller, directory: int, path: bytes, passes: Passes, *, follow: bool) -> bool:
+    """Whether all that is mapped to run is sure to be allowed without a record; nearly every execution is that.
+
+    Then who calls, and whether the files may be executed by him at all, need not be known here.
+    """
+    execution = Execution(_PassingOpener(caller, directory, path, passes))
+    try:
+        execution.load(_open_regular(caller, directory, path, follow=follow), path)
+    except (_RecordError, KernelError, NotJudgedError):
+        return False
+    return True
 
 
 def _plan_execution(caller: Caller, directory: int, path: bytes, program: int) -> Plan:
@@ -146,3 +173,25 @@ class _Opener:
             return
         if self._caller.tracee.flags_of_fd(self._directory) & os.O_CLOEXEC:
             raise KernelError(errno.ENOENT, "the interpreter could not open what is close-on-exec", "load_script")
+
+
+class _PassingOpener(_Opener):
+    """The same in haste, for an execution that goes by: raises _RecordError at the first event that does not pass."""
+
+    def __init__(self, caller: Caller, directory: int, path: bytes, passes: Passes) -> None:
+        super().__init__(caller, directory, path)
+        self._passes = passes
+
+    def open_execat(self, path: bytes) -> int:
+        return _open_regular(self._caller, AT_FDCWD, path)
+
+    def open_to_read(self, program: int) -> int:
+        if IS_DENIED_BY_KERNEL:
+            return self._caller.readable(program)
+        return super().open_to_read(program)
+
+    def file(self, program: int) -> File:
+        facts = self._caller.facts(program)
+        if not self._passes(Operation.EXECUTE, facts):
+            raise _RecordError
+        return File(b"", "", 0, facts)  # nobody is told of it

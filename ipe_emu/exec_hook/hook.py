@@ -22,6 +22,7 @@ from ipe_emu.exec_hook.mprotect import plan_mprotect
 from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
 from ipe_emu.exec_hook.traps import Handler, Trap
+from ipe_emu.integrity.facts import Facts
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import mountinfo, syscalls
 from ipe_emu.linux.mountinfo import Superblocks
@@ -94,6 +95,9 @@ class Judge(Protocol):
     def profile(self) -> Profile:
         """The kernel that is emulated."""
 
+    def passes(self, operation: Operation, facts: Facts) -> bool:
+        """Whether an event is sure to be allowed without a record, and is not put to ``process_event`` then."""
+
     def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
         """Decide one event, and audit it."""
 
@@ -155,9 +159,9 @@ class ExecHook:
         self._mounts = Mounts(superblocks)
         modules = Modules()
         handlers: dict[str, Handler] = {
-            "execve": functools.partial(plan_execve, profile=judge.profile),
-            "execveat": functools.partial(plan_execveat, profile=judge.profile),
-            "mmap": plan_mmap,
+            "execve": functools.partial(plan_execve, profile=judge.profile, passes=judge.passes),
+            "execveat": functools.partial(plan_execveat, profile=judge.profile, passes=judge.passes),
+            "mmap": functools.partial(plan_mmap, passes=judge.passes),
             "mprotect": plan_mprotect,
             "pkey_mprotect": plan_mprotect,
             "remap_file_pages": plan_remap_file_pages,
@@ -197,6 +201,8 @@ class ExecHook:
             return Refuse("the caller is in a pid namespace that cannot be seen from here")
         with Caller(notification.pid, self._mounts, self._facts, self._machine) as caller:
             plan = self._look(caller, notification)
+            if not plan.events and isinstance(plan.answer, Continue) and plan.answer.then is None:
+                return plan.answer  # which does nothing to a successor of the caller
             # Only now is it certain that what was read was the caller's, and no successor's of the same pid.
             if not listener.valid(notification):
                 return None

@@ -260,7 +260,7 @@ def _string(caller: Caller, address: int, limit: int) -> bytes:
     try:
         text = caller.tracee.string(address, limit)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno != errno.EFAULT:
             raise
         raise KernelError(errno.EFAULT, "a string that cannot be read", "strndup_user") from None
     if text is None:

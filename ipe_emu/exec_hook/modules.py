@@ -72,7 +72,7 @@ class Modules:
         try:
             name = caller.tracee.string(args[0], elf.MODULE_NAME_SIZE)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno != errno.EFAULT:
                 raise
             raise KernelError(errno.EFAULT, "the name cannot be read", "delete_module") from None
         if name is None or name not in self._loaded:

@@ -65,7 +65,7 @@ def _plan(caller: Caller, address: int) -> Plan:
     try:
         kind = caller.tracee.string(address, _LONGEST_NAME)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno != errno.EFAULT:
             raise
         return Plan(Continue())  # EFAULT from the kernel
     if kind != binfmt_misc.NAME:

@@ -9,7 +9,17 @@ from attrs import frozen
 
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
+from ipe_emu.integrity.facts import Facts
 from ipe_emu.policy.rule import Operation
+
+#: Tells whether an event of a file with these facts is sure to be allowed without a record (``hook.Judge.passes``).
+#: What is wrong with its call otherwise, the kernel of this machine finds itself, as the emulated one does.
+Passes = Callable[[Operation, Facts], bool]
+
+
+def nothing_passes(_operation: Operation, _facts: Facts) -> bool:
+    """Have every event of a call planned, whatever its answer will be."""
+    return False
 
 
 @frozen

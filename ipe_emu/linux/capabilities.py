@@ -11,6 +11,7 @@ from ipe_emu.linux import syscalls
 class Capability(IntEnum):
     """The capabilities that this project asks about, by their numbers (include/uapi/linux/capability.h)."""
 
+    DAC_OVERRIDE = 1
     SYS_ADMIN = 21
     MAC_ADMIN = 33
 

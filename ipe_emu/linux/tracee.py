@@ -142,43 +142,42 @@ class Tracee:
     def string(self, address: int, limit: int) -> bytes | None:
         """Return the NUL-terminated string at ``address``; None if there is no NUL within ``limit`` bytes.
 
-        Raises OSError EIO where the memory cannot be read (the kernel would answer EFAULT).
+        Raises OSError EFAULT where the thread itself could not read the memory.
         """
-        memory = os.open(self._proc + b"mem", _READ)
-        try:
-            found = b""
-            while len(found) < limit:
-                # Never across a page border in one read: the next page may not be there.
-                size = min(_PAGE - (address + len(found)) % _PAGE, limit - len(found), _CHUNK)
-                piece = _pread(memory, size, address + len(found))
-                end = piece.find(b"\0")
-                if end >= 0:
-                    return found + piece[:end]
-                if not piece:
-                    raise OSError(errno.EIO, "end of memory")
-                found += piece
-        finally:
-            os.close(memory)
+        found = b""
+        while len(found) < limit:
+            # Never across a page border in one read: the next page may not be there.
+            size = min(_PAGE - (address + len(found)) % _PAGE, limit - len(found), _CHUNK)
+            piece = self._copied(address + len(found), size)
+            end = piece.find(b"\0")
+            if end >= 0:
+                return found + piece[:end]
+            if not piece:
+                raise OSError(errno.EFAULT, "end of memory")
+            found += piece
         return None
 
     def memory(self, address: int, size: int) -> bytes:
-        """Return ``size`` bytes at ``address``, or fewer if the rest cannot be read; OSError EIO if nothing can."""
-        memory = os.open(self._proc + b"mem", _READ)
-        try:
-            found = bytearray()
-            while len(found) < size:
-                try:
-                    piece = _pread(memory, min(size - len(found), _PIECE), address + len(found))
-                except OSError:
-                    if found:
-                        break
+        """Return ``size`` bytes at ``address``, or fewer if the rest cannot be read; OSError EFAULT if nothing can."""
+        found = bytearray()
+        while len(found) < size:
+            try:
+                piece = self._copied(address + len(found), min(size - len(found), _PIECE))
+            except OSError as error:
+                if not found or error.errno != errno.EFAULT:
                     raise
-                if not piece:
-                    break
-                found += piece
-            return bytes(found)
-        finally:
-            os.close(memory)
+                break
+            if not piece:
+                break
+            found += piece
+        return bytes(found)
+
+    def _copied(self, address: int, size: int) -> bytes:
+        # Not through /proc/PID/mem, which takes longer to open and reads PROT_NONE memory as well.
+        ours = syscalls.writable(size)
+        here, there = _IOVEC.pack(syscalls.address(ours), size), _IOVEC.pack(address, size)
+        count = syscalls.call("process_vm_readv", self.pid, here, 1, there, 1, 0)
+        return ours.raw[:count]
 
     def write_memory(self, address: int, data: bytes) -> None:
         """Write ``data`` to ``address``; OSError EFAULT where the thread itself could not."""
@@ -261,12 +260,6 @@ class Tracee:
             return os.read(fd, _SMALL_FILE)
         finally:
             os.close(fd)
-
-
-def _pread(memory: int, size: int, address: int) -> bytes:
-    if address >= 1 << 63:  # no user memory is there, and an offset of a file cannot say it
-        raise OSError(errno.EIO, "not an address of user memory")
-    return os.pread(memory, size, address)
 
 
 def start_time(stat: bytes) -> bytes:

@@ -43,16 +43,26 @@ def test_strings_up_to_the_end_of_memory(myself: Tracee, page: int, length: int)
 def test_strings_without_an_end(myself: Tracee, page: int) -> None:
     write(page, b"x" * PAGE)
     assert myself.string(page, 4096) is None
-    with pytest.raises(OSError, match="Errno 5"):
+    with pytest.raises(OSError, match="Errno 14"):
         myself.string(page + 1, 4096)
 
 
 @pytest.mark.parametrize("address", [0, 8, 1 << 62, 1 << 63, (1 << 64) - 1, (1 << 64) - 4096])
 def test_impossible_addresses(myself: Tracee, address: int) -> None:
-    with pytest.raises(OSError, match="Errno 5"):
+    with pytest.raises(OSError, match="Errno 14"):
         myself.string(address, 4096)
-    with pytest.raises(OSError, match="Errno 5"):
+    with pytest.raises(OSError, match="Errno 14"):
         myself.memory(address, 10)
+
+
+def test_memory_that_the_thread_itself_cannot_read(myself: Tracee, page: int) -> None:
+    write(page, b"secret\0")
+    syscalls.call("mprotect", page, PAGE, 0)
+    try:
+        with pytest.raises(OSError, match="Errno 14"):
+            myself.string(page, 4096)
+    finally:
+        syscalls.call("mprotect", page, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def test_memory_that_ends(myself: Tracee, page: int) -> None:
