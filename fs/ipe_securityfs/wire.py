@@ -151,6 +151,7 @@ def location_out(place: Place | None) -> dict[str, str] | None:
         "device": place.device,
         "path": place.path.decode("latin-1"),
         "mount_root": place.mount_root.decode("latin-1"),
+        "kind": place.kind,
     }
 
 
@@ -160,7 +161,8 @@ def location_in(value: object) -> Location | None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("device"), str):
         raise ProtocolError("no place of a file")
-    return Location(value["device"], bytes_of(value.get("path")), bytes_of(value.get("mount_root")))
+    path, mount_root = bytes_of(value.get("path")), bytes_of(value.get("mount_root"))
+    return Location(value["device"], path, mount_root, str(value.get("kind", "")))
 
 
 def stat_out(status: os.stat_result) -> list[int]:

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from attrs import define, evolve, field
 
@@ -13,6 +13,9 @@ from ipe_emu.integrity.dm_verity.table import VerityTable
 from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.fsverity import MAX_SIGNATURE_SIZE, sealed_digest
 from ipe_emu.integrity.sources import FactsSource, OpenFile, Place
+
+#: The file systems that keep seals. FUSE passes the ioctls on to whoever serves it, for whom nobody vouches.
+_WITH_FSVERITY: Final = frozenset({"btrfs", "ext4", "f2fs"})
 
 
 class Kernel(Protocol):
@@ -50,9 +53,11 @@ class KernelState:
         Raises KernelError as open(2) on the emulated kernel for a file whose builtin signature it would not verify.
         """
         facts = self.known.facts_of(place, st, open_file)
-        if place is not None and facts.dmverity_roothash is None:
+        if place is None:
+            return facts
+        if facts.dmverity_roothash is None:
             facts = self._with_device(facts, place.device)
-        if facts.fsverity_digest is None and stat.S_ISREG(st.st_mode) and st.st_dev not in self._without_fsverity:
+        if facts.fsverity_digest is None and stat.S_ISREG(st.st_mode) and place.kind in _WITH_FSVERITY:
             facts = self._with_seal(facts, st, open_file)
         return facts
 
@@ -79,6 +84,8 @@ class KernelState:
         return evolve(facts, dmverity_roothash=table.root_hash)
 
     def _with_seal(self, facts: Facts, st: os.stat_result, open_file: OpenFile) -> Facts:
+        if st.st_dev in self._without_fsverity:
+            return facts
         try:
             fd = open_file()
         except OSError:

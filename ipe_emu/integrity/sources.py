@@ -27,6 +27,10 @@ class Place(Protocol):
     def mount_root(self) -> bytes:
         """The directory of that file system beyond which the mount it was reached by shows nothing."""
 
+    @property
+    def kind(self) -> str:
+        """The type of its file system, as /proc/filesystems names it; empty if that is not known."""
+
 
 class FactsSource(Protocol):
     """Whatever knows facts of files."""

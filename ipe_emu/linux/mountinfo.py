@@ -57,13 +57,14 @@ class MountEntry:
 class Location:
     """Where a file lies, whatever its file system is mounted on: the same through every bind mount of it.
 
-    ``path`` is its path on the file system with the device number ``device``; ``mount_root`` is the directory of that
-    file system beyond which the mount it was reached by shows nothing.
+    ``path`` is its path on the file system with the device number ``device``, of type ``kind``; ``mount_root`` is the
+    directory of that file system beyond which the mount it was reached by shows nothing.
     """
 
     device: str
     path: bytes
     mount_root: bytes
+    kind: str = ""
 
 
 def of(pid: int | str) -> Mapping[int, MountEntry]:
@@ -95,7 +96,7 @@ class Superblocks:
         mount, root = found
         seen = _below(root, path)
         within = None if seen is None else mount.within(b"/" + seen)
-        return None if within is None else Location(mount.device, within, mount.root)
+        return None if within is None else Location(mount.device, within, mount.root, mount.kind)
 
     def name_of(self, pid: int, mount_id: int, device: int) -> str | None:
         """Return what audit records call the superblock of a mount that process ``pid`` uses (``s_id``).

@@ -12,7 +12,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.linux import mountinfo, openat2
@@ -229,7 +229,7 @@ class Tree:
                 return mountinfo.locate(self._prefix + path)
             parents = parents.rpartition(b"/")[0]
         base = self.location
-        return mountinfo.Location(base.device, base.path.rstrip(b"/") + path, base.mount_root)
+        return evolve(base, path=base.path.rstrip(b"/") + path)
 
 
 def reopen(path_fd: int) -> int:

@@ -22,6 +22,7 @@ class Spot:
     path: bytes
     device: str = "8:1"
     mount_root: bytes = b"/"
+    kind: str = ""
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attrs import define, field
+from attrs import define, evolve, field
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.integrity.dm_verity import Parameters
@@ -28,7 +28,7 @@ HASH = "d82898e743b7a2d1c25e2212d28d12874151b178f6a1927e4c51874f52fe6960"
 TABLE = f"1 7:1 7:0 4096 4096 2048 1 sha256 {HASH} 0102"
 SIGNED_TABLE = TABLE + " 2 root_hash_sig_key_desc cryptsetup:x"
 ROOT_HASH = Digest("sha256", bytes.fromhex(HASH))
-PLACE = Location("254:0", b"/bin/x", b"/")
+PLACE = Location("254:0", b"/bin/x", b"/", "ext4")
 
 
 @define
@@ -107,15 +107,22 @@ def test_a_file_system_without_fs_verity_is_asked_once(file: Path, number: int) 
     kernel = Kernel(number)
     state = KernelState(Known(), kernel, verify)
     for _ in range(3):
-        assert state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY)) is NO_FACTS
-    assert kernel.asked == ["measure"]
+        assert state.facts_of(PLACE, file.stat(), lambda: os.open(file, os.O_RDONLY)) is NO_FACTS
+    assert kernel.asked.count("measure") == 1
+
+
+@pytest.mark.parametrize("kind", ["fuse", "fuse.squashfuse", "fuseblk", "overlay", "tmpfs", ""])
+def test_who_serves_a_file_system_cannot_say_that_files_are_sealed(file: Path, kind: str) -> None:
+    kernel = Kernel(DIGEST)
+    assert ask(kernel, file, place=evolve(PLACE, kind=kind)) is NO_FACTS
+    assert "measure" not in kernel.asked
 
 
 def test_a_file_that_cannot_be_read(file: Path) -> None:
     def fails() -> int:
         raise PermissionError
 
-    assert KernelState(Known(), Kernel(DIGEST), verify).facts_of(None, file.stat(), fails) is NO_FACTS
+    assert KernelState(Known(), Kernel(DIGEST), verify).facts_of(PLACE, file.stat(), fails) is NO_FACTS
 
 
 def test_a_verity_device(file: Path) -> None:
@@ -176,7 +183,7 @@ def test_a_file_that_this_machine_has_sealed(mounted: Path) -> None:
     state = KernelState(Known(), VerityState(), verify)
 
     def ask_it() -> Facts:
-        return state.facts_of(None, file.stat(), lambda: os.open(file, os.O_RDONLY))
+        return state.facts_of(mountinfo.locate(bytes(file)), file.stat(), lambda: os.open(file, os.O_RDONLY))
 
     assert ask_it() is NO_FACTS
     assert tool("fsverity", "enable", file).returncode == 0

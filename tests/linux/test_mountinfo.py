@@ -38,7 +38,9 @@ def test_a_mount_that_nobody_sees_can_be_known(tmp_path: Path) -> None:
     hidden = mountinfo.MountEntry(1 << 30, "0:999", b"/", b"/", "tmpfs", b"rootfs")
     machine = Superblocks({"0:999": "rootfs"}, {hidden.id: hidden})
     assert machine.name_of(os.getpid(), hidden.id, 0) == "rootfs"
-    assert machine.location(os.getpid(), hidden.id, b"/bin/sh") == mountinfo.Location("0:999", b"/bin/sh", b"/")
+    assert machine.location(os.getpid(), hidden.id, b"/bin/sh") == mountinfo.Location(
+        "0:999", b"/bin/sh", b"/", hidden.kind
+    )
 
 
 def test_where_a_file_lies(tmp_path: Path) -> None:
