@@ -392,6 +392,10 @@ class Ipe:
                 errno.EACCES, "the policy is not signed, and which program writes it is not known", "ipe_evaluate_event"
             )
 
+    def trust(self, keyrings: Keyrings) -> None:
+        """Verify what is loaded from now on with other keyrings: a key was added, or taken away."""
+        self.keyrings = keyrings
+
     def admit_key(self, subject: Subject, executable: File | None) -> None:
         """Let a program put a certificate into the keyring ``.ipe`` where a rule of op=POLICY allows it for it.
 

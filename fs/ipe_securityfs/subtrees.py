@@ -109,7 +109,7 @@ class Subtrees:
 
     def add_text(self, name: bytes, text: Callable[[], bytes]) -> TextFile:
         """Serve a text as ``texts/NAME``. FileExistsError if there is one of that name."""
-        node = TextFile(self._tree.new_ino(), _attributes(stat.S_IFREG | 0o444), self.texts, name, text)
+        node = TextFile(self._tree.new_ino(), self._tree.attributes(stat.S_IFREG | 0o444), self.texts, name, text)
         node.permanent = node.constant = True
         self._tree.add(node)
         return node

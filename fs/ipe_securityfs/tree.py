@@ -133,11 +133,11 @@ class Tree:
         self._nodes: dict[int, Node] = {}
         self._policies: dict[LoadedPolicy, Directory] = {}
         self._change = threading.Lock()
-        self.top = Directory(ROOT_INO, self._attributes(stat.S_IFDIR | 0o755), None, b"")
+        self.top = Directory(ROOT_INO, self.attributes(stat.S_IFDIR | 0o755), None, b"")
         self._nodes[ROOT_INO] = self.root = self.top
         if beside_others:
             # Without a parent: it is the root of what is seen of it.
-            self.root = Directory(next(self._inos), self._attributes(stat.S_IFDIR | 0o755), None, SECURITY)
+            self.root = Directory(next(self._inos), self.attributes(stat.S_IFDIR | 0o755), None, SECURITY)
             self.top.children[SECURITY] = self._nodes[self.root.ino] = self.root
         self._file(self.root, b"lsm", 0o444, read=lambda: lsm_list)
         # In the order of ipe_init_securityfs().
@@ -215,7 +215,7 @@ class Tree:
         ipe = self._ipe
         directory = Directory(
             next(self._inos),
-            self._attributes(stat.S_IFDIR | 0o755),
+            self.attributes(stat.S_IFDIR | 0o755),
             self.policies,
             loaded.name.encode("latin-1"),
         )
@@ -266,12 +266,13 @@ class Tree:
 
     # -- making nodes ---------------------------------------------------------------------------------------------
 
-    def _attributes(self, mode: int) -> Attributes:
+    def attributes(self, mode: int) -> Attributes:
+        """Return those of a new node of this mode, which belongs to the root of who sees it."""
         now = time.time_ns()
         return Attributes(mode, self._owner.uid, self._owner.gid, 0, now, now, now)
 
     def _directory(self, parent: Directory, name: bytes) -> Directory:
-        node = Directory(next(self._inos), self._attributes(stat.S_IFDIR | 0o755), parent, name)
+        node = Directory(next(self._inos), self.attributes(stat.S_IFDIR | 0o755), parent, name)
         parent.children[name] = self._nodes[node.ino] = node
         return node
 
@@ -286,7 +287,7 @@ class Tree:
         takes_policy: bool = False,
         waits: bool = False,
     ) -> File:
-        attributes = self._attributes(stat.S_IFREG | mode)
+        attributes = self.attributes(stat.S_IFREG | mode)
         node = File(next(self._inos), attributes, parent, name, read, write, takes_policy=takes_policy, waits=waits)
         parent.children[name] = self._nodes[node.ino] = node
         return node

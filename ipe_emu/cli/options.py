@@ -91,7 +91,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add_kernel_option(group)
     group.add_argument("--boot-policy", metavar="FILE", help="the policy compiled into the kernel (text)")
     group.add_argument(
-        "--cmdline", default="", metavar="TEXT", help="its command line; ipe.enforce= and ipe.success_audit= count"
+        "--cmdline",
+        default="",
+        metavar="TEXT",
+        help="its command line; ipe.enforce=, ipe.success_audit= and dm_verity.keyring_unsealed= count",
     )
     group.add_argument(
         "--audit-log",

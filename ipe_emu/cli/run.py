@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     volumes = _volumes(args)
     from ipe_emu.exec_hook.run import RunOptions
     from ipe_emu.exec_hook.run import run as run_command
+    from ipe_emu.kernel_cmdline import parse_cmdline
 
     emit = open_audit_log(args.audit_log)
     return run_command(
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             fail_on_deny=args.fail_on_deny,
             debug=args.debug,
             volumes=volumes,
+            dm_verity_unsealed=parse_cmdline(os.fsencode(args.cmdline)).dm_verity_keyring_unsealed,
         )
     )
 

@@ -8,10 +8,9 @@ import os
 import signal
 from typing import NoReturn
 
-from ipe_emu.exec_hook import init, volume_mounts
+from ipe_emu.exec_hook import init, session_mounts
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS, Blueprint
 from ipe_emu.exec_hook.channel import Channel
-from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs
 from ipe_emu.linux import namespaces, process
 from ipe_emu.linux.namespaces import Namespace
 
@@ -37,22 +36,18 @@ def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
 
 
 def _build(channel: Channel, blueprint: Blueprint) -> int:
+    namespaces.unshare(Namespace.MOUNT)
+    prepared = None
     if blueprint.own_securityfs:
         # Before the plan, which may cover /dev. Opened and mounted in the supervisor's user namespace
-        # (``fuse_fill_super()`` wants both in the same), for who is outside the mount's may not even stat its files.
+        # (``fuse_fill_super()`` wants both in the same), for who is outside the mount's may not even stat its files;
+        # and from the host's pid namespace, so that requests name their callers as the supervisor knows them.
         fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    namespaces.unshare(Namespace.MOUNT)
-    user_namespace = blueprint.user_namespace
-    prepared = volume_mounts.prepare(channel, fuse, blueprint.volumes, user_namespace) if blueprint.volumes else None
+        prepared = session_mounts.prepare(channel, fuse, blueprint.volumes, blueprint.user_namespace)
     for step in blueprint.steps:
         step.execute()
-    if blueprint.own_securityfs:
-        # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
-        if prepared is not None:
-            prepared.attach(channel)
-        else:
-            SecurityFs(fuse).execute()
-            volume_mounts.send_session(channel, fuse, SECURITYFS, user_namespace)
+    if prepared is not None:
+        prepared.attach(channel)
     if not blueprint.shielded:
         # Made from here, the pid namespace belongs to the tree's root, who can then mount a /proc of it anywhere.
         init.enter_user_namespace(blueprint.user_namespace)
@@ -60,5 +55,5 @@ def _build(channel: Channel, blueprint: Blueprint) -> int:
     agent = os.pidfd_open(os.getpid())
     pid_1 = os.fork()
     if pid_1 == 0:
-        init.main(channel, agent, blueprint)
+        init.main(channel, agent, blueprint, None if prepared is None else prepared.keys)
     return pid_1

@@ -10,7 +10,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.exec_hook.mount_plan import Proc, SecurityFs, Step
-from ipe_emu.exec_hook.volume_mounts import PlannedVolume
+from ipe_emu.exec_hook.session_mounts import PlannedVolume
 from ipe_emu.linux.seccomp import Rule
 
 #: What a terminal sends to everybody in the foreground, and what is sent to stop a program: the command decides what

@@ -12,6 +12,7 @@ from attrs import define, field
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook.hook import Judge
+from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
 from ipe_emu.exec_hook.sealing import Sealing
@@ -80,14 +81,17 @@ class Emulator(Protocol):
 class OwnEmulator:
     """One that lives as long as the run, in this process.
 
-    ``sealable`` are the directories in which files can be sealed (`Sealing`).
+    ``sealable`` are the directories in which files can be sealed (`Sealing`), ``dm_verity_unsealed`` is a kernel
+    parameter (`Keyctl.begin`).
     """
 
     make_ipe: Callable[[], Ipe]
     facts: Declared
     images: Mapping[str, VerifiedImage] = field(factory=dict)
     sealable: Sequence[Place] = ()
+    dm_verity_unsealed: bool = False
     _sealing: Sealing = field(init=False)
+    _keyctl: Keyctl = field(factory=Keyctl, init=False)
     _ipe: Ipe | None = field(default=None, init=False)
     _server: SecurityFsServer | None = field(default=None, init=False)
     _known: FactsSource = field(init=False)
@@ -110,8 +114,8 @@ class OwnEmulator:
 
     @property
     def traps(self) -> Sequence[Trap]:
-        """Those for fs-verity."""
-        return self._sealing.traps
+        """Those for fs-verity, and for keys."""
+        return (*self._sealing.traps, *self._keyctl.traps)
 
     def begin(self, sandbox: Sandbox, report: Report) -> None:
         """Start the server, whose imports are slow, and make the model meanwhile."""
@@ -126,7 +130,9 @@ class OwnEmulator:
             image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
             image.verify_signature(self._ipe.keyrings, self._ipe.profile)
         fuse, surroundings = sandbox.fuse()
-        self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images))
+        self._keyctl.begin(self._ipe, surroundings.root, dm_verity_unsealed=self.dm_verity_unsealed)
+        texts = {"keys": self._keyctl.proc_keys}
+        self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images, texts))
         for name, image in self.images.items():
             try:
                 device, helper = sandbox.volume()
@@ -148,8 +154,9 @@ class OwnEmulator:
         else:
             sandbox.kill()
 
-    def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:  # noqa: ARG002 - the protocol's
+    def attach(self, surroundings: Surroundings) -> tuple[Judge, FactsSource]:
         """Serve the securityfs, which was begun before."""
+        self._keyctl.show_beside(surroundings.keys)
         assert self._ipe is not None  # noqa: S101 - `begin` came before
         return self._ipe, self._known
 

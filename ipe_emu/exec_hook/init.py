@@ -12,6 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
 
+from ipe_emu.exec_hook import mount_plan
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS, Blueprint, Command
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.mount_plan import SECURITYFS, shown
@@ -24,8 +25,11 @@ NOT_FOUND: Final = 127
 _DEFAULT_PATH: Final = b"/bin:/usr/bin"  # as execvp(3) where PATH is not set
 
 
-def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
-    """Be PID 1; ``agent`` is a pidfd of the parent. A failure before the command starts is reported as ``failed``."""
+def main(channel: Channel, agent: int, blueprint: Blueprint, keys: int | None) -> NoReturn:
+    """Be PID 1; ``agent`` is a pidfd of the parent, ``keys`` a detached mount of what /proc/keys is to show.
+
+    A failure before the command starts is reported as ``failed``.
+    """
     try:
         process.set_name(b"ipe-emu init")
         if blueprint.shielded:
@@ -44,7 +48,10 @@ def main(channel: Channel, agent: int, blueprint: Blueprint) -> NoReturn:
             with contextlib.suppress(OSError):
                 # By its path: what was mounted over the directory is to be found there.
                 os.chdir(blueprint.command.directory)
-        channel.ask("ready", _surroundings())
+        own_keys = [] if keys is None else mount_plan.cover_keys(keys)
+        channel.ask("ready", _surroundings(), own_keys)
+        for fd in own_keys:
+            os.close(fd)
         # PID 1 is under the filter as well: whoever took it over would gain nothing. It needs no no_new_privs,
         # being root of its user namespace, so that set-user-id programs work in the tree.
         listener = seccomp.install(blueprint.rules)

@@ -17,6 +17,7 @@ from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.plan import Perform, Plan
 from ipe_emu.exec_hook.session_keys import SessionKeys
 from ipe_emu.exec_hook.traps import Trap
+from ipe_emu.linux import procfs
 from ipe_emu.linux.syscalls import signed_int
 from ipe_emu.lsm import Ipe
 from ipe_emu.system_keyrings import Permission, SystemKeyrings
@@ -90,12 +91,31 @@ _NEEDS: Final[Mapping[Operation, Permission]] = MappingProxyType(
 
 @define(eq=False)
 class Keyctl:
-    """Answers for the system keyrings of one machine. ``root`` is its root's uid, as we see it."""
+    """Answers for the system keyrings of one machine, from ``begin`` on."""
 
-    keyrings: SystemKeyrings
-    ipe: Ipe
-    root: int
-    session_keys: SessionKeys = field(factory=SessionKeys)
+    session_keys: SessionKeys = field(factory=SessionKeys, init=False)
+    keyrings: SystemKeyrings = field(init=False)
+    ipe: Ipe = field(init=False)
+    _root: int = field(init=False)
+    _of_this_machine: int | None = field(default=None, init=False)
+
+    def begin(self, ipe: Ipe, root: int, *, dm_verity_unsealed: bool = False) -> None:
+        """Make the keyrings of a machine whose root has the uid ``root``, as we see it.
+
+        What is in them is what ``ipe`` trusts, from now on as well. ``dm_verity_unsealed`` is a kernel parameter.
+        """
+        self.ipe = ipe
+        self._root = root
+        self.keyrings = SystemKeyrings(ipe.profile, ipe.keyrings, ipe.trust, dm_verity_unsealed)
+
+    def show_beside(self, keys: int | None) -> None:
+        """Have ``proc_keys`` also show what a descriptor of this machine's /proc/keys does."""
+        self._of_this_machine = keys
+
+    def proc_keys(self) -> bytes:
+        """Return the text of /proc/keys."""
+        theirs = b"" if self._of_this_machine is None else procfs.read_again(self._of_this_machine)
+        return b"".join(sorted([*self.keyrings.proc_keys().splitlines(True), *theirs.splitlines(True)]))
 
     @property
     def traps(self) -> tuple[Trap, ...]:
@@ -235,7 +255,7 @@ class Keyctl:
             self.keyrings.require(key, Permission.SETATTR, is_root=is_root)
 
     def _is_root(self, caller: Caller) -> bool:
-        return caller.tracee.status.fsuid == self.root
+        return caller.tracee.status.fsuid == self._root
 
 
 def _give(caller: Caller, data: bytes, buffer: int, size: int) -> int:

@@ -268,6 +268,20 @@ class Proc:
                     ReadOnly(_PROC / name).execute()
 
 
+def cover_keys(mount: int) -> list[int]:
+    """Attach a detached mount over /proc/keys; return a descriptor of what is covered, as this process sees it.
+
+    Which keys it shows goes by who opened it (``proc_keys_show()``). None where this kernel has no such file.
+    """
+    try:
+        covered = os.open(_PROC / "keys", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    mounts.attach(mount, _PROC / "keys")
+    os.close(mount)
+    return [covered]
+
+
 @frozen
 class SecurityFs:
     """The emulated securityfs, over the kernel's. ``fuse`` is the descriptor that its server reads."""

@@ -18,8 +18,8 @@ from ipe_emu.exec_hook.footing import Footing, Kind
 from ipe_emu.exec_hook.mount_plan import Wanted
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
+from ipe_emu.exec_hook.session_mounts import PlannedVolume
 from ipe_emu.exec_hook.supervisor import Notifications
-from ipe_emu.exec_hook.volume_mounts import PlannedVolume
 from ipe_emu.integrity.declared import Declared
 from ipe_emu.integrity.sources import Place
 from ipe_emu.linux.seccomp import Listener
@@ -42,6 +42,7 @@ class RunOptions:
     is being made. With ``attach`` both are not used: the emulator that is mounted there decides. ``audit_log`` is the
     file that records are appended to, which the tree may read and not write. ``volumes`` are mounted in this order, as
     dm-0 and so on, and files below the directories ``sealable`` can be sealed; not with ``attach``.
+    ``dm_verity_unsealed`` is the kernel parameter ``dm_verity.keyring_unsealed``.
     """
 
     command: Sequence[str]
@@ -53,6 +54,7 @@ class RunOptions:
     debug: bool = False
     volumes: Sequence[VerifiedImage] = ()
     sealable: Sequence[Place] = ()
+    dm_verity_unsealed: bool = False
 
 
 def run(options: RunOptions) -> int:
@@ -73,6 +75,7 @@ def run(options: RunOptions) -> int:
             options.declared,
             {volume.name: image for volume, image in zip(volumes, options.volumes, strict=True)},
             options.sealable,
+            options.dm_verity_unsealed,
         )
     )
     concealed = _runtime_directories()

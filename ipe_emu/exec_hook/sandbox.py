@@ -41,12 +41,14 @@ class Surroundings:
     """What the sandbox looks like from inside.
 
     ``user_namespace`` is the inode number that identifies it, ``root`` the uid and gid of its root outside;
-    ``securityfs_device`` the emulated securityfs's st_dev.
+    ``securityfs_device`` the emulated securityfs's st_dev. ``keys`` is a descriptor of this machine's /proc/keys, as
+    the tree's root sees it, None before ``ready`` or where there is none.
     """
 
     user_namespace: int
     root: int
     securityfs_device: int
+    keys: int | None = None
 
 
 @frozen
@@ -130,8 +132,9 @@ class Sandbox:
 
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""
-        values = self.expect("ready").values
-        return Surroundings(values["user_namespace"], self._root, values["securityfs"])
+        message = self.expect("ready")
+        keys = message.fds[0] if message.fds else None
+        return Surroundings(message.values["user_namespace"], self._root, message.values["securityfs"], keys)
 
     def listener(self) -> int:
         """Have the filter installed; return the descriptor at which its notifications arrive, the only one."""

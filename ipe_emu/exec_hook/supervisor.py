@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from ipe_emu.exec_hook.hook import ExecHook
 from ipe_emu.exec_hook.sandbox import Fuse, Surroundings
@@ -91,13 +91,14 @@ class Notifications(_Thread):
 
 @frozen
 class Served:
-    """What the securityfs of a sandbox shows and goes by; ``images`` come beside it, by their names."""
+    """What the securityfs of a sandbox shows and goes by; ``images`` and ``texts`` come beside it, by their names."""
 
     ipe: Ipe
     facts: FactsSource
     surroundings: Surroundings
     superblocks: Superblocks
     images: "Mapping[str, Content]"
+    texts: Mapping[str, Callable[[], bytes]] = field(factory=dict)
 
 
 class SecurityFsServer(_Thread):
@@ -147,7 +148,7 @@ def _session(fuse: Fuse, served: Served) -> "Session":
     from ipe_securityfs.tree import SECURITY, Owner  # noqa: PLC0415
 
     surroundings = served.surroundings
-    beside_others = bool(served.images)
+    beside_others = bool(served.images or served.texts)
     below = f"/{SECURITY.decode()}" if beside_others else ""
     mounted_as = MountedAs(
         Credentials(frozenset({surroundings.user_namespace}), root=surroundings.root),
@@ -164,4 +165,7 @@ def _session(fuse: Fuse, served: Served) -> "Session":
     for name, content in served.images.items():
         assert session.subtrees is not None  # noqa: S101 - it has others beside it
         session.subtrees.add_image(name.encode(), content)
+    for name, text in served.texts.items():
+        assert session.subtrees is not None  # noqa: S101 - likewise
+        session.subtrees.add_text(name.encode(), text)
     return session

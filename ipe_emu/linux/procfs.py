@@ -61,10 +61,7 @@ def read(pid: int | str, name: str) -> bytes:
     """
     fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        pieces = []
-        while data := os.read(fd, _CHUNK):
-            pieces.append(data)
-        return b"".join(pieces)
+        return read_again(fd)
     finally:
         os.close(fd)
 
@@ -119,6 +116,14 @@ class KeptRecords:
         """Let go of every file."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def read_again(fd: int) -> bytes:
+    """Return the whole content of an open file of /proc, as it is now; in any thread."""
+    content = bytearray()
+    while data := os.pread(fd, _CHUNK, len(content)):
+        content += data
+    return bytes(content)
 
 
 def credentials(pid: int) -> Credentials:

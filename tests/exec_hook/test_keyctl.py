@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define, field
+from attrs import define
 
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.keyctl import Keyctl
@@ -14,8 +14,7 @@ from ipe_emu.exec_hook.plan import Perform, Plan
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.keyring import Keyrings, load_certificates
-from ipe_emu.profiles import PROFILES
-from ipe_emu.system_keyrings import SystemKeyring, SystemKeyrings
+from ipe_emu.system_keyrings import SystemKeyring
 from tests.exec_hook.tracee_harness import Rehearsal, model
 from tests.vectors import KEYS
 
@@ -44,7 +43,10 @@ class Machine:
 
     inside: Rehearsal
     keyctl: Keyctl
-    published: list[Keyrings] = field(factory=list)
+
+    @property
+    def trusted(self) -> Keyrings:
+        return self.keyctl.ipe.keyrings
 
     def ring(self, name: str) -> int:
         (found,) = [key.serial for key in self.keyctl.keyrings if isinstance(key, SystemKeyring) and key.name == name]
@@ -73,18 +75,18 @@ FIND = VALUE + "result = value('request_key', b'user', b'sig', None, 0)"
 
 @pytest.fixture
 def machine(tree: Path, tmp_path: Path) -> Iterator[Machine]:
-    published: list[Keyrings] = []
-    boot = Keyrings(builtin=load_certificates([KEYS / "builtin-trusted.pem"]))
-    keyrings = SystemKeyrings(PROFILES["op-policy"], boot, published.append)
-    keyctl = Keyctl(keyrings, model(ADMITS, lambda _: None, kernel="op-policy"), os.getuid())
+    ipe = model(ADMITS, lambda _: None, kernel="op-policy")
+    ipe.trust(Keyrings(builtin=load_certificates([KEYS / "builtin-trusted.pem"])))
+    keyctl = Keyctl()
+    keyctl.begin(ipe, os.getuid())
     traps = (*keyctl.traps, Trap("request_key", Finder(keyctl).plan))
     with Rehearsal(tmp_path / "root", tree, traps=traps) as inside:
-        yield Machine(inside, keyctl, published)
+        yield Machine(inside, keyctl)
 
 
 def test_certificates_are_added(machine: Machine) -> None:
     added = machine.add(machine.ring(".secondary_trusted_keys"), LEAF.der)
-    assert machine.published[-1].secondary.certificates == (LEAF,)
+    assert machine.trusted.secondary.certificates == (LEAF,)
     assert machine.call(DESCRIBE, added["ok"], None, 0)["ok"] > 20
     assert machine.add(machine.ring(".secondary_trusted_keys"), UNTRUSTED.der) == {"error": "ENOKEY"}
     assert machine.add(machine.ring(".builtin_trusted_keys"), LEAF.der) == {"error": "EACCES"}
@@ -119,7 +121,7 @@ def test_keys_are_unlinked(machine: Machine) -> None:
     added = machine.add(ring, UNTRUSTED.der)["ok"]
     assert machine.call(UNLINK, added, SESSION) == {"error": "ENOENT"}
     assert machine.call(UNLINK, added, ring) == {"ok": 0}
-    assert not machine.published[-1].fsverity
+    assert not machine.trusted.fsverity
 
 
 def test_the_keyring_ipe_asks_op_policy_of_the_program(machine: Machine) -> None:
@@ -128,7 +130,7 @@ def test_the_keyring_ipe_asks_op_policy_of_the_program(machine: Machine) -> None
     device = Path(f"/proc/{machine.inside.pid}/exe").stat().st_dev
     machine.inside.facts.devices[device] = Facts(boot_verified=True)
     assert "ok" in machine.add(ring, UNTRUSTED.der)
-    assert machine.published[-1].ipe.certificates == (UNTRUSTED,)
+    assert machine.trusted.ipe.certificates == (UNTRUSTED,)
     assert "there is no such keyring" in machine.keyctl.ipe.upstream_refusals[0].answer
 
 

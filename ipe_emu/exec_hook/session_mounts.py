@@ -1,6 +1,7 @@
-"""The agent's part in volumes: it mounts the whole FUSE session where nobody sees it, and from it what is to be seen.
+"""The agent's part in the FUSE session: it mounts it where nobody sees it, and from it what is to be seen.
 
-The session serves the securityfs and, beside it, the images of the volumes, which the programs that read them open.
+The session serves the securityfs and, beside it, the images of the volumes, which the programs that read them open,
+and what /proc/keys shows.
 """
 
 import os
@@ -22,6 +23,7 @@ _STAGING: Final = Path("/sys")
 #: The subtrees of the session (``ipe_securityfs.subtrees``).
 _SECURITY: Final = "security"
 _IMAGES: Final = "images"
+_KEYS: Final = "texts/keys"
 
 
 @frozen
@@ -44,13 +46,17 @@ class PlannedVolume:
 
 @frozen
 class Prepared:
-    """Detached mounts, to be attached when all else is in its place."""
+    """Detached mounts, to be attached when all else is in its place; ``keys`` once there is a /proc."""
 
     securityfs: int
+    keys: int
     volumes: Sequence[tuple[PlannedVolume, Mounted]]
 
     def attach(self, channel: Channel) -> None:
-        """Attach them, and send ``volume`` for each volume: its st_dev, and a pidfd of the program that serves it."""
+        """Attach all but ``keys``.
+
+        Sends ``volume`` for each volume: its st_dev, and a pidfd of the program that serves it.
+        """
         mounts.attach(self.securityfs, SECURITYFS)
         os.close(self.securityfs)
         for volume, mounted in self.volumes:
@@ -75,7 +81,7 @@ def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_
     session.mkdir()
     stage.mkdir()
     SecurityFs(fuse, session).execute()
-    send_session(channel, fuse, session, user_namespace)
+    _send_session(channel, fuse, session, user_namespace)
     mounted = []
     for volume in volumes:
         image = os.open(session / _IMAGES / volume.name, os.O_RDONLY | os.O_CLOEXEC)
@@ -86,12 +92,12 @@ def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_
             raise
         finally:
             os.close(image)
-    securityfs = mounts.clone(session / _SECURITY, recursive=False)
+    securityfs, keys = (mounts.clone(session / name, recursive=False) for name in (_SECURITY, _KEYS))
     mounts.detach(bytes(_STAGING))
-    return Prepared(securityfs, mounted)
+    return Prepared(securityfs, keys, mounted)
 
 
-def send_session(channel: Channel, fuse: int, mounted_at: Path, user_namespace: int) -> None:
+def _send_session(channel: Channel, fuse: int, mounted_at: Path, user_namespace: int) -> None:
     """Send ``fuse``: the session's descriptor, which is closed here, its root directory, and how it looks from inside.
 
     ``user_namespace`` is a descriptor of the tree's.
