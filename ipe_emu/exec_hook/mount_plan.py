@@ -33,7 +33,7 @@ _DEVICE_LINKS: Final = {
     "stderr": "/proc/self/fd/2",
 }
 #: What the kernel's administrator writes to, below /proc.
-_PROC_CONTROLS: Final = ("sys", "sysrq-trigger", "irq", "bus", "fs")
+PROC_CONTROLS: Final = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 
 
 class Step(Protocol):
@@ -263,7 +263,7 @@ class Proc:
             why = "something covers parts of this machine's /proc, as container engines do"
             raise PermissionError(error.errno, f"{error.strerror} ({why})") from None
         if self.read_only_controls:
-            for name in _PROC_CONTROLS:
+            for name in PROC_CONTROLS:
                 if (_PROC / name).exists():
                     ReadOnly(_PROC / name).execute()
 

@@ -29,6 +29,7 @@ class Propagation(IntEnum):
     """Where mounts and unmounts below a mount spread to (mount_namespaces(7))."""
 
     UNCHANGED = 0
+    PRIVATE = 1 << 18
     SLAVE = 1 << 19
     SHARED = 1 << 20
 
@@ -63,6 +64,12 @@ def clone(path: Path, *, recursive: bool) -> int:
     return syscalls.call(
         "open_tree", AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE * recursive
     )
+
+
+def clone_at(fd: int, *, recursive: bool) -> int:
+    """Return the same of what a descriptor is open on (O_PATH)."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE * recursive
+    return syscalls.call("open_tree", fd, b"", flags)
 
 
 def attach(mount: int, path: Path) -> None:

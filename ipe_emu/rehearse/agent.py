@@ -21,7 +21,7 @@ from ipe_emu.linux.mounts import Attribute, Propagation
 from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.rehearse import keeper
 from ipe_emu.rehearse.blueprint import BootBlueprint
-from ipe_emu.rehearse.staging import DIRECTORIES, SESSION, STAGING
+from ipe_emu.rehearse.staging import COMPOSED, DIRECTORIES, SESSION, STAGING
 
 _UMOUNT_NOFOLLOW: Final = 8
 
@@ -79,6 +79,7 @@ class _Server:
     requests: Channel
     namespace: int
     machine_root: int
+    composed: int = 0
 
     def serve(self) -> None:
         """Answer until nobody is there to ask."""
@@ -86,6 +87,8 @@ class _Server:
             "stage": self.stage,
             "bind": self.bind,
             "attach": self.attach,
+            "compose": self.compose,
+            "copy": self.copy,
             "detach": self.detach,
             "node": self.node,
         }
@@ -107,6 +110,41 @@ class _Server:
     def bind(self, values: dict[str, Any], _fds: list[int]) -> None:
         """Mount a copy of a mount of this namespace, or of a part of it, on another path."""
         self._with_copy(Path(values["source"]), False, lambda tree: mounts.attach(tree, Path(values["target"])))
+
+    def compose(self, values: dict[str, Any], fds: list[int]) -> None:
+        """Attach a copy of the staged ``source``, and on it the ``parts``: what is mounted, and on which name in it.
+
+        A part without a source is mounted on itself, read-only. The machine cannot take a part away, not even where its
+        root is root of this machine: whatever spreads from a more privileged namespace is locked (``lock_mnt_tree()``).
+        """
+        self.composed += 1
+        original = COMPOSED / str(self.composed)
+        original.mkdir()
+        self._with_copy(Path(values["source"]), False, lambda tree: mounts.attach(tree, original))
+        # A group of its own, or the parts would spread to every other copy as well.
+        mounts.set_attributes(original, Attribute.NONE, propagation=Propagation.PRIVATE)
+        mounts.set_attributes(original, Attribute.NONE, propagation=Propagation.SHARED)
+        self.attach({**values, "source": str(original)}, fds)
+        for source, name in values["parts"]:
+            target = original / name
+            if source is not None:
+                self.bind({"source": source, "target": str(target)}, [])
+            elif target.exists():
+                tree = mounts.clone(target, recursive=False)
+                try:
+                    mounts.set_attributes(tree, Attribute.RDONLY)
+                    mounts.attach(tree, target)
+                finally:
+                    os.close(tree)
+
+    def copy(self, _values: dict[str, Any], fds: list[int]) -> None:
+        """In the namespace ``fds[0]``, mount on ``fds[2]`` what ``fds[1]`` is on, with all that is mounted there."""
+        with self._in(fds[0]):
+            tree = mounts.clone_at(fds[1], recursive=True)
+            try:
+                mounts.attach_at(tree, fds[2])
+            finally:
+                os.close(tree)
 
     def attach(self, values: dict[str, Any], fds: list[int]) -> None:
         """In the namespace ``fds[0]``, mount on ``fds[1]`` a copy of what is staged, or the detached ``fds[2]``."""

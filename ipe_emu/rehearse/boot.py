@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from attrs import define, evolve, field, frozen
 
-from ipe_emu.errors import CannotEmulateError, KernelError, NotJudgedError
+from ipe_emu.errors import CannotEmulateError, NotJudgedError
 from ipe_emu.event import Subject
 from ipe_emu.exec_hook import footing, hook
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.execve import plan_execve, read_path
+from ipe_emu.exec_hook.footing import Kind
+from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
 from ipe_emu.exec_hook.report import Report
@@ -79,6 +81,7 @@ class BootOptions:
     ``make_ipe`` makes the booted emulator, which notes what happens in a timeline. ``unpack`` puts the image into the
     directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
+    ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is.
     """
 
     make_ipe: Callable[[Timeline], WatchedIpe]
@@ -86,6 +89,7 @@ class BootOptions:
     cmdline: bytes
     timeout: float | None = None
     stop_at_switch_root: bool = False
+    unshiftable: str | None = None
 
 
 @frozen
@@ -105,12 +109,12 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
     """
     init = InitArguments.of(options.cmdline)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would have the kernel reap what we wait for
-    standing = footing.obtain(own_files=True)
+    standing = footing.obtain(own_files=True, unshiftable=options.unshiftable)
     for note in standing.notes:
         say(note)
     ours, theirs = Channel.pair()
     console = Console(standing.root)
-    rehearsal = _Rehearsal(options, timeline, standing.root, Agent(ours), console)
+    rehearsal = _Rehearsal(options, timeline, standing.root, standing.kind is Kind.SHIELDED, Agent(ours), console)
     blueprint = BootBlueprint(
         user_namespace=standing.user_namespace,
         root=standing.root,
@@ -137,6 +141,7 @@ class _Rehearsal:
     options: BootOptions
     timeline: Timeline
     root: int
+    shielded: bool
     agent: Agent
     console: Console
     report: Report = field(factory=Report, init=False)
@@ -240,10 +245,12 @@ class _Rehearsal:
             self.agent.bind(Path("/dev") / name, DEVTMPFS / name)
         self.agent.bind(self.console.console.path, DEVTMPFS / "console")
         self.agent.bind(self.console.kmsg.path, DEVTMPFS / "kmsg")
-        for name in ("cmdline", "filesystems"):
-            self.agent.bind(TEXTS / name, PROC / name)
-        with contextlib.suppress(KernelError):  # a kernel without it
-            self.agent.bind(self.console.sysrq.path, PROC / "sysrq-trigger")
+        self.mounting.proc_parts += [(TEXTS / name, name) for name in ("cmdline", "filesystems")]
+        if Path("/proc/sysrq-trigger").exists():
+            self.mounting.proc_parts.append((self.console.sysrq.path, "sysrq-trigger"))
+        if self.shielded:
+            # Its root is root of this machine, as far as files are concerned.
+            self.mounting.proc_parts += [(None, name) for name in PROC_CONTROLS if name != "sysrq-trigger"]
 
     def _serve_nodes(self, machine: Message) -> None:
         """Have the device nodes of the image lead to what stands for them."""

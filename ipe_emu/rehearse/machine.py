@@ -24,7 +24,7 @@ from ipe_emu.rehearse.staging import ROOT
 #: are udev's, and what an initramfs without one expects all the same).
 DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty", "console", "kmsg")
 _DEVICE_LINKS: Final = {"ptmx": "pts/ptmx"}
-_DEVICE_DIRECTORIES: Final = ("pts", "shm", "mapper")
+_DEVICE_DIRECTORIES: Final = ("mapper",)
 #: Directories that programs look for below /sys.
 _SYSFS: Final = (
     "block", "bus", "class/block", "dev/block", "dev/char", "devices", "firmware", "fs/cgroup", "kernel/security",

@@ -31,6 +31,7 @@ CAP_SYS_ADMIN: Final = 21
 _MS_REMOUNT: Final = 0x20
 _MS_BIND: Final = 0x1000
 _MS_MOVE: Final = 0x2000
+_MS_REC: Final = 0x4000
 _MS_PROPAGATION: Final = 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20
 _MS_MGC_VAL: Final = 0xC0ED0000
 _MS_MGC_MSK: Final = 0xFFFF0000
@@ -111,8 +112,8 @@ FILE_SYSTEMS: Final = tuple(f"nodev\t{kind}\n" for kind in sorted(_NATIVE | EVER
 class Mounting:
     """Answers the calls. ``emulators`` are asked by type.
 
-    To be set before the machine starts: ``root_mount``, the id of the machine's first root, and ``devices``, the st_dev
-    of what is staged.
+    To be set before the machine starts: ``root_mount``, the id of the machine's first root, ``devices``, the st_dev of
+    what is staged, and ``proc_parts``, what is mounted on names in every proc (see `Agent.compose`).
     """
 
     agent: Agent
@@ -120,6 +121,7 @@ class Mounting:
     emulators: Mapping[str, MountEmulator]
     root_mount: int = field(default=-1, init=False)
     devices: dict[Path, int] = field(factory=dict, init=False)
+    proc_parts: list[tuple[Path | None, str]] = field(factory=list, init=False)
 
     @property
     def traps(self) -> Sequence[Trap]:
@@ -136,7 +138,11 @@ class Mounting:
         flags = args[3]
         if flags & _MS_MGC_MSK == _MS_MGC_VAL:
             flags &= ~_MS_MGC_MSK
-        if not caller.capable(CAP_SYS_ADMIN) or flags & (_MS_REMOUNT | _MS_BIND | _MS_MOVE | _MS_PROPAGATION):
+        if not caller.capable(CAP_SYS_ADMIN):
+            return Plan(Continue())
+        if flags & _MS_BIND and not flags & (_MS_REMOUNT | _MS_REC):
+            return self._plan_bind(caller, args)
+        if flags & (_MS_REMOUNT | _MS_BIND | _MS_MOVE | _MS_PROPAGATION):
             return Plan(Continue())
         kind = _string(caller, args[2])
         if kind is None:
@@ -156,13 +162,36 @@ class Mounting:
         request = MountRequest(caller, source or b"", target, name, flags, data or b"")
         return Plan(Perform(lambda: self._mount(request, emulator)))
 
+    def _plan_bind(self, caller: Caller, args: tuple[int, ...]) -> Plan:
+        """Plan MS_BIND alone, which leaves behind what is mounted on the source: ours is to come along."""
+        source = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[0]))
+        status = os.fstat(source)
+        staged = next((path for path in (DEVTMPFS, PROC) if self.devices[path] == status.st_dev), None)
+        if staged is None or not stat.S_ISDIR(status.st_mode):
+            return Plan(Continue())
+        target = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[1]))
+        if _is_root(caller, source):
+            return Plan(Perform(lambda: self._attach(caller, target, staged, Attribute.NONE)))
+        return Plan(Perform(lambda: self._copy(caller, source, target)))
+
+    def _copy(self, caller: Caller, source: int, target: int) -> int:
+        self.agent.copy(caller.tracee.pid, source, target)
+        return 0
+
+    def _attach(self, caller: Caller, target: int, source: Path | int, attributes: Attribute) -> int:
+        if source == PROC:
+            self.agent.compose(caller.tracee.pid, target, source, self.proc_parts, attributes)
+        else:
+            self.agent.attach(caller.tracee.pid, target, source, attributes)
+        return 0
+
     def _mount(self, request: MountRequest, emulator: MountEmulator) -> int:
         found = emulator.mount(request)
         try:
             if isinstance(found.source, Path):
                 self._refuse_the_same_again(request, found.source)
             attributes = found.attributes | Attribute(request.flags) & _ATTRIBUTES
-            self.agent.attach(request.caller.tracee.pid, request.target, found.source, attributes)
+            self._attach(request.caller, request.target, found.source, attributes)
         finally:
             if isinstance(found.source, int):
                 os.close(found.source)

@@ -39,6 +39,21 @@ class Agent:
         detached = [source] if isinstance(source, int) else []
         self._ask_in(pid, "attach", {"source": staged, "attributes": int(attributes)}, [target, *detached])
 
+    def compose(
+        self, pid: int, target: int, source: Path, parts: Sequence[tuple[Path | None, str]], attributes: Attribute
+    ) -> None:
+        """Mount a copy of a staged path, and on it ``parts``, which stay there: what, and on which name in it.
+
+        A part that is None makes what is there read-only, if it is there.
+        """
+        described = [[None if part is None else str(part), name] for part, name in parts]
+        values = {"source": str(source), "parts": described, "attributes": int(attributes)}
+        self._ask_in(pid, "compose", values, [target])
+
+    def copy(self, pid: int, source: int, target: int) -> None:
+        """Mount on ``target`` what ``source`` is on, with all that is mounted there (MS_BIND and MS_REC)."""
+        self._ask_in(pid, "copy", {}, [source, target])
+
     def detach(self, pid: int, root: int) -> None:
         """Unmount the mount whose root is ``root``, with all that is mounted on it and whoever uses it (MNT_DETACH)."""
         self._ask_in(pid, "detach", {}, [root])

@@ -17,7 +17,9 @@ PROC: Final = STAGING / "proc"
 CGROUP2: Final = STAGING / "cgroup2"
 #: An empty directory, that of no file system which is served here.
 EMPTY: Final = STAGING / "empty"
+#: One directory for each mount that is composed of several.
+COMPOSED: Final = STAGING / "composed"
 #: Where the machine's root file system is mounted until it is the root.
 ROOT: Final = STAGING / "root"
 
-DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, CGROUP2, EMPTY, ROOT)
+DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, CGROUP2, EMPTY, COMPOSED, ROOT)

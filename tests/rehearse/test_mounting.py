@@ -78,7 +78,7 @@ def test_unmounting_what_is_in_use(emu: Runner) -> None:
         mount -t proc proc /proc; mount -t devtmpfs none /dev; mount -t sysfs none /sys
         (cd /proc && umount /proc && echo busy proc unmounted)
         exec 3< /dev/null; umount /dev && echo busy dev unmounted; exec 3<&-
-        mount -t tmpfs none /dev/shm; umount /dev && echo dev with mounts unmounted; umount /dev/shm
+        mkdir /dev/shm; mount -t tmpfs none /dev/shm; umount /dev && echo dev with mounts unmounted; umount /dev/shm
         umount /dev && umount /proc && umount /sys && echo unmounted
         ls /dev /proc /sys
         mount -t proc proc /proc; (cd /proc; umount -l /proc && ls /proc)
@@ -107,6 +107,32 @@ def test_mounts_are_moved_into_the_new_root(emu: Runner) -> None:
         cmdline="moved",
     )
     assert output == ["/dev:", "console", "", "/proc:", "moved", "Boot"]
+
+
+def test_binding_takes_along_what_a_kernel_has_in_one_file_system(emu: Runner) -> None:
+    output = run_script(
+        emu,
+        f"""{MOUNTS}
+        mkdir /tmp/dev /tmp/proc /tmp/sys /tmp/mapper; touch /tmp/null
+        mount --bind /dev /tmp/dev && [ -c /tmp/dev/null ] && echo device
+        mount --bind /proc /tmp/proc && cat /tmp/proc/cmdline
+        mount --bind /dev/mapper /tmp/mapper && echo mapper
+        mount --bind /dev/null /tmp/null && [ -c /tmp/null ] && echo null
+        mount --rbind /sys /tmp/sys && ls /tmp/sys/kernel/security/ipe/policies
+        umount /tmp/dev && umount /tmp/proc && umount /tmp/null && echo unmounted
+        mount --bind /absent /tmp/dev
+        """,
+        cmdline="bound",
+    )
+    assert output == [
+        "device",
+        "bound",
+        "mapper",
+        "null",
+        "Boot",
+        "unmounted",
+        "mount: mounting /absent on /tmp/dev failed: No such file or directory",
+    ]
 
 
 def test_pivot_root_of_the_rootfs(emu: Runner) -> None:
