@@ -3,12 +3,20 @@
 import argparse
 import functools
 import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.audit_log import open_audit_log
 from ipe_emu.cli.options import add_machine_options, boot_ipe
 from ipe_emu.cli.output import announce, escape, say
 from ipe_emu.cli.subparsers import Subparsers, add_command
+from ipe_emu.errors import NotJudgedError, UserError
+
+if TYPE_CHECKING:
+    from ipe_emu.lsm import UpstreamRefusal
+    from ipe_emu.rehearse.report import Summary
 
 
 def add_parser(commands: Subparsers, line: str) -> None:
@@ -26,7 +34,8 @@ def add_parser(commands: Subparsers, line: str) -> None:
         ),
         examples="""\
 ipe-emu boot --boot-policy boot.pol --cmdline 'ipe.success_audit=1' initrd.img
-ipe-emu boot --kernel linux-7.3 --boot-policy boot.pol --builtin-keys signer.pem --until switch-root initrd.img""",
+ipe-emu boot --kernel linux-7.3 --boot-policy boot.pol --builtin-keys signer.pem --until switch-root initrd.img
+ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd.img""",
     )
     parser.add_argument("image", metavar="IMAGE", help="an initramfs, a UKI, or a directory as an initramfs has it")
     parser.add_argument(
@@ -34,6 +43,10 @@ ipe-emu boot --kernel linux-7.3 --boot-policy boot.pol --builtin-keys signer.pem
         choices=("exit", "switch-root"),
         default="exit",
         help="when to end: when the machine does, or already when the init process executes one of another root",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, with every event")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the report as one HTML page, with the timeline as a picture"
     )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end the rehearsal after so long, as failed")
     add_machine_options(parser)
@@ -44,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
     from ipe_emu.rehearse.boot import BootOptions, boot
-    from ipe_emu.rehearse.events import Timeline
+    from ipe_emu.rehearse.events import NotJudged, Timeline
     from ipe_emu.rehearse.image import open_image, unpack
-    from ipe_emu.rehearse.verdict import Result, verdict
+    from ipe_emu.rehearse.report import summarise
     from ipe_emu.rehearse.watch import WatchedIpe
 
+    reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
     with open_image([args.image], profile) as image:
@@ -59,20 +73,56 @@ def run(args: argparse.Namespace) -> int:
             timeout=args.timeout,
             stop_at_switch_root=args.until == "switch-root",
         )
+        refusals: Sequence[UpstreamRefusal] = ()
         try:
-            booted = boot(options, timeline, say)
+            refusals = boot(options, timeline, say).upstream_refusals
         except SignalledError as interrupted:
             return interrupted.status
-    active = booted.ipe.active
-    policy = None if active is None else active.policy
-    say("active at the end: " + ("no policy" if policy is None else f"{policy.name} {policy.version}"))
-    for line in booted.report.lines(booted.ipe.upstream_refusals):
-        say(line)
-    judged = verdict(timeline.events)
-    say(f"result: {judged.result.value}: {escape(judged.reason)}")
+        except NotJudgedError as error:
+            timeline.add(NotJudged(timeline.now, None, "boot", str(error)))
+    summary = summarise(timeline.events, refusals)
+    status = _status(summary)
+    for file, form in reports:
+        if file is not None:
+            with file:
+                file.write(form(summary, status))
+    from ipe_emu.rehearse.report.text import lines_of
+
+    headline, *lines = lines_of(summary)
+    say(f"result: {headline}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    return status
+
+
+def _status(summary: "Summary") -> int:
+    from ipe_emu.rehearse.verdict import Result
+
     return {
         Result.AS_EXPECTED: exit_status.OK,
         Result.DENIED: exit_status.DENIED,
         Result.PROGRAM_FAILED: exit_status.PROGRAM_FAILED,
         Result.NOT_JUDGED: exit_status.NOT_JUDGED,
-    }[judged.result]
+    }[summary.verdict.result]
+
+
+def _json(summary: "Summary", status: int) -> str:
+    from ipe_emu.rehearse.report import as_json
+
+    return as_json.dump(summary, status=status) + "\n"
+
+
+def _html(summary: "Summary", _status: int) -> str:
+    from ipe_emu.rehearse.report import html
+
+    return html.page(summary)
+
+
+def _open_report(args: argparse.Namespace, kind: str) -> TextIO | None:
+    """Open the file of a report, before anything is started. It is its owner's alone: it tells what a machine runs."""
+    path = getattr(args, kind)
+    if path is None:
+        return None
+    try:
+        return open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise UserError(f"--{kind} {escape(path)}: {error.strerror}") from None

@@ -22,7 +22,6 @@ from ipe_emu.exec_hook.footing import Kind
 from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
-from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox
 from ipe_emu.exec_hook.supervisor import Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
@@ -92,16 +91,10 @@ class BootOptions:
     unshiftable: str | None = None
 
 
-@frozen
-class Booted:
-    """What is left of a machine: the model as it was at the end, and the count of what was denied or not judged."""
+def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -> WatchedIpe:
+    """Boot the image, until its machine ends, and return the model as it is then.
 
-    ipe: WatchedIpe
-    report: Report
-
-
-def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -> Booted:
-    """Boot the image, until its machine ends; what happens is in ``timeline``, and remarks go to ``say``.
+    What happens is in ``timeline``, and remarks go to ``say``.
 
     Must be called in the main thread of a process that has no others; without privileges, this process is in a user
     namespace of its own afterwards. CannotEmulateError where this machine cannot do it: nothing was started then.
@@ -131,7 +124,7 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
     blocked = [signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
     with contextlib.closing(console), Sandbox(be_agent, standing.root, blocked) as sandbox:
         theirs.close()
-        return Booted(rehearsal.run(sandbox), rehearsal.report)
+        return rehearsal.run(sandbox)
 
 
 @define(eq=False)
@@ -144,7 +137,6 @@ class _Rehearsal:
     shielded: bool
     agent: Agent
     console: Console
-    report: Report = field(factory=Report, init=False)
     superblocks: Superblocks = field(factory=Superblocks, init=False)
     facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
     mounting: Mounting = field(init=False)
@@ -180,6 +172,7 @@ class _Rehearsal:
             self._init = sandbox.expect("init").fds[0]
             self._init_pid = process.pid_of(self._init)
             machine = self._machine()
+            self._note_start(ipe, machine)
             user_namespace = machine.values["user_namespace"]
             device = fuse.values["device"]
             self._know_root(machine)
@@ -220,9 +213,21 @@ class _Rehearsal:
             raise NotJudgedError(message.values["why"])
         if message.kind != "machine":
             raise CannotEmulateError(f"the machine cannot be made: {message.values.get('why', message.kind)}")
-        for text in message.values["log"]:
-            self._log(text)
         return message
+
+    def _note_start(self, ipe: WatchedIpe, machine: Message) -> None:
+        active = ipe.active
+        policy = None if active is None else active.policy
+        cmdline = os.fsdecode(self.options.cmdline)
+        self.timeline.add(events.Started(0.0, None, ipe.profile.name, cmdline, policy, ipe.enforce))
+        image = machine.values["image"]
+        self.timeline.add(
+            events.ImageUnpacked(
+                0.0,
+                None,
+                **{**image, "left_out": tuple(image["left_out"]), "differences": tuple(image["differences"])},
+            )
+        )
 
     def _know_root(self, machine: Message) -> None:
         """The first root is the initramfs's for good, whether anybody still sees it or not."""
@@ -354,22 +359,18 @@ class _Rehearsal:
     # -- what the exec hook reports (hook.Observer, supervisor.Failures) ----------------------------------------------
 
     def denied(self, event: AskedEvent, decision: Decision) -> None:
-        """Count it; the model has noted it in the timeline."""
-        self.report.denied(event, decision)
+        """Nothing: the model has noted it in the timeline."""
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """Note a call that could not be judged."""
-        self.report.not_judged(subject, call, reason)
         self.timeline.add(events.NotJudged(self.timeline.now, subject, call, reason))
 
     def not_done(self, subject: Subject | None, call: str, what: str) -> None:
         """Note a call that returned success without being carried out."""
-        self.report.not_done(subject, call, what)
         self.timeline.add(events.NotDone(self.timeline.now, subject, call, what))
 
     def failed(self, what: str) -> None:
         """Note that a part of the emulator failed."""
-        self.report.failed(what)
         self.timeline.add(events.Failed(self.timeline.now, None, what))
 
 

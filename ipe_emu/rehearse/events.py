@@ -12,7 +12,7 @@ from attrs import define, field, frozen
 
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.lsm import Decision
-from ipe_emu.policy.rule import Operation
+from ipe_emu.policy.rule import Operation, Policy
 
 
 @frozen
@@ -22,21 +22,52 @@ class _Happened:
 
 
 @frozen
-class PolicyLoaded(_Happened):
-    """A policy was loaded, or replaced by a newer version of itself (``updated``)."""
+class Started(_Happened):
+    """The machine starts: which kernel, with what command line, and the policy that is active from the first."""
 
-    name: str
-    version: str
+    kernel: str
+    cmdline: str
+    policy: Policy | None
+    enforce: bool
+
+
+@frozen
+class ImageUnpacked(_Happened):
+    """The image was unpacked, as far as the kernel does.
+
+    ``fault`` is why it stopped, if it did, and ``exact`` whether what is there is known to be what a kernel would have
+    there. ``left_out`` says in words which members a kernel drops without a word, ``differences`` what is not as on a
+    kernel, and ``cut`` names the member in which the image ends.
+    """
+
+    entries: int
+    size: int
+    fault: str | None = None
+    exact: bool = True
+    left_out: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+    cut: str | None = None
+
+
+@frozen
+class PolicyLoaded(_Happened):
+    """A policy was loaded, or replaced by a newer version of itself (``updated``); ``text`` is what it was read from.
+
+    ``active`` tells whether it was the active policy that was replaced: the newer version is in force at once.
+    """
+
+    policy: Policy
+    text: bytes
     signed: bool
     updated: bool
+    active: bool = False
 
 
 @frozen
 class PolicyActivated(_Happened):
     """A policy became the active one, in the place of ``before``."""
 
-    name: str
-    version: str
+    policy: Policy
     before: str | None
 
 
@@ -49,11 +80,18 @@ class PolicyDeleted(_Happened):
 
 @frozen
 class ControlFailed(_Happened):
-    """Writing to a node of the securityfs failed: ``node`` as the path below ``ipe``, and what the kernel answers."""
+    """Writing to a node of the securityfs failed: ``node`` as the path below ``ipe``, and what the kernel answers.
+
+    ``size`` is the bytes that were written at once, ``head`` the first of them; ``in_text`` says that it was the
+    text of a policy that was wrong.
+    """
 
     node: str
     errno: int
     reason: str
+    size: int
+    head: bytes
+    in_text: bool = False
 
 
 @frozen
@@ -142,7 +180,9 @@ class Failed(_Happened):
 
 
 Event = (
-    PolicyLoaded
+    Started
+    | ImageUnpacked
+    | PolicyLoaded
     | PolicyActivated
     | PolicyDeleted
     | ControlFailed

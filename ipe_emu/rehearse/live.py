@@ -13,7 +13,16 @@ _RED: Final = "\x1b[31m"
 _GREEN: Final = "\x1b[32m"
 _YELLOW: Final = "\x1b[33m"
 _NORMAL: Final = "\x1b[0m"
-_BAD: Final = (events.Judged, events.ControlFailed, events.Panicked, events.Failed, events.TimedOut)
+_BAD: Final = (
+    events.Judged,
+    events.ImageUnpacked,
+    events.ControlFailed,
+    events.Panicked,
+    events.Failed,
+    events.TimedOut,
+)
+#: What a kernel says by itself, word for word.
+_THE_KERNELS: Final = (events.Message, events.Panicked, events.ImageUnpacked)
 _DOUBTFUL: Final = (events.NotJudged, events.NotDone, events.EnforceChanged)
 
 
@@ -31,7 +40,7 @@ class Live:
             return
         # Names come from the image: nothing of them may do anything to a terminal.
         text = shown(line.encode(errors="surrogateescape"))
-        prefix = "" if isinstance(event, events.Message | events.Panicked) else "ipe-emu: "
+        prefix = "" if isinstance(event, _THE_KERNELS) else "ipe-emu: "
         self.say(f"[{event.when:12.6f}] {self._colour(event)}{prefix}{text}{_NORMAL if self.coloured else ''}")
 
     def _colour(self, event: Event) -> str:

@@ -6,7 +6,7 @@ Source: ``kernel_init()`` and ``run_init_process()`` in init/main.c; ``console_o
 import errno
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NoReturn
 
 from ipe_emu.errors import NotJudgedError
@@ -19,6 +19,7 @@ from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.image import Unpacked
 from ipe_emu.rehearse.init_arguments import LAST_RESORTS, InitArguments
 from ipe_emu.rehearse.staging import ROOT
+from ipe_emu.rehearse.words import shown
 
 #: Files in the devtmpfs that wait for a device to be mounted on them; and links (``devtmpfs_init()`` makes none: these
 #: are udev's, and what an initramfs without one expects all the same).
@@ -30,6 +31,9 @@ _SYSFS: Final = (
     "block", "bus", "class/block", "dev/block", "dev/char", "devices", "firmware", "fs/cgroup", "kernel/security",
     "kernel/debug", "kernel/tracing", "kernel/config", "fs/bpf", "fs/pstore", "fs/fuse/connections", "module", "power",
 )  # fmt: skip
+
+#: Remarks about an image that are passed on.
+_MOST_REMARKS: Final = 50
 
 
 def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
@@ -95,8 +99,22 @@ def _described(unpacked: Unpacked) -> Mapping[str, object]:
         "mount": root.id,
         "device": root.device,
         "nodes": [[[*map(os.fsdecode, node.paths)], [node.major, node.minor]] for node in unpacked.nodes],
-        "log": [f"Initramfs unpacking failed: {unpacked.fault}"] if unpacked.fault else [],
+        "image": {
+            "entries": unpacked.entries,
+            "size": unpacked.size,
+            "fault": None if unpacked.fault is None else str(unpacked.fault),
+            "exact": unpacked.fault is None or unpacked.fault.exact,
+            "left_out": _some(unpacked.skipped),
+            "differences": _some(unpacked.differences),
+            "cut": None if unpacked.cut is None else shown(unpacked.cut),
+        },
     }
+
+
+def _some(remarks: Sequence[object]) -> list[str]:
+    """Return remarks in words, no more of them than a person would read."""
+    more = [f"and {len(remarks) - _MOST_REMARKS} more"] if len(remarks) > _MOST_REMARKS else []
+    return [*map(str, remarks[:_MOST_REMARKS]), *more]
 
 
 def _devtmpfs() -> int:

@@ -9,6 +9,7 @@ from ipe_emu.rehearse.events import (
     ControlFailed,
     Event,
     Failed,
+    ImageUnpacked,
     Judged,
     NotJudged,
     Panicked,
@@ -30,10 +31,11 @@ class Result(enum.Enum):
 
 @frozen
 class Verdict:
-    """The result, and the event that decided it, in words."""
+    """The result, and the event that decided it (None if there is none), also in words."""
 
     result: Result
     reason: str
+    event: Event | None = None
 
 
 def verdict(events: Sequence[Event]) -> Verdict:
@@ -41,11 +43,11 @@ def verdict(events: Sequence[Event]) -> Verdict:
     for result, decides in _DECIDING:
         for event in events:
             if decides(event):
-                return Verdict(result, line_of(event) or "")
+                return Verdict(result, line_of(event) or "", event)
     ends = [event for event in events if isinstance(event, Rebooted | SwitchedRoot)]
     if not ends:  # nothing says how it ended
         return Verdict(Result.NOT_JUDGED, "nobody saw the end of the machine")
-    return Verdict(Result.AS_EXPECTED, line_of(ends[-1]) or "")
+    return Verdict(Result.AS_EXPECTED, line_of(ends[-1]) or "", ends[-1])
 
 
 def _crashed(event: Event) -> bool:
@@ -57,7 +59,7 @@ def _denied(event: Event) -> bool:
 
 
 def _unknown(event: Event) -> bool:
-    return isinstance(event, NotJudged | Failed)
+    return isinstance(event, NotJudged | Failed) or (isinstance(event, ImageUnpacked) and not event.exact)
 
 
 _DECIDING = ((Result.NOT_JUDGED, _unknown), (Result.DENIED, _denied), (Result.PROGRAM_FAILED, _crashed))

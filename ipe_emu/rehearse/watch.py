@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from attrs import define, field
 
@@ -10,6 +11,7 @@ from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.lsm import Decision, Ipe, LoadedPolicy, Writer
+from ipe_emu.policy.errors import PolicyError
 from ipe_emu.policy.evaluate import Verdict as EvaluationVerdict
 from ipe_emu.policy.rule import Action, Operation
 from ipe_emu.rehearse.events import (
@@ -21,6 +23,9 @@ from ipe_emu.rehearse.events import (
     PolicyLoaded,
     Timeline,
 )
+
+#: Bytes of a failed write that are kept: enough to tell what it was the beginning of.
+_HEAD: Final = 16
 
 
 @define(eq=False)
@@ -53,7 +58,7 @@ class WatchedIpe(Ipe):
     def setenforce(self, data: bytes, writer: Writer) -> int:
         """Write ``enforce``, and note a change."""
         before = self.enforce
-        with self._noting_failure("enforce", writer):
+        with self._noting_failure("enforce", data, writer):
             length = super().setenforce(data, writer)
         if self.enforce != before:
             self.timeline.add(EnforceChanged(self.timeline.now, writer.subject, self.enforce))
@@ -61,13 +66,13 @@ class WatchedIpe(Ipe):
 
     def setaudit(self, data: bytes, writer: Writer) -> int:
         """Write ``success_audit``, and note a failure."""
-        with self._noting_failure("success_audit", writer):
+        with self._noting_failure("success_audit", data, writer):
             return super().setaudit(data, writer)
 
     def new_policy(self, data: bytes, writer: Writer) -> int:
         """Load a policy, and note what came of it."""
         before = set(self.policies)
-        with self._noting_failure("new_policy", writer):
+        with self._noting_failure("new_policy", data, writer):
             length = super().new_policy(data, writer)
         for loaded in set(self.policies) - before:
             self._note_loaded(loaded, writer, updated=False)
@@ -75,7 +80,7 @@ class WatchedIpe(Ipe):
 
     def update(self, loaded: LoadedPolicy, data: bytes, writer: Writer) -> int:
         """Replace a policy, and note what came of it."""
-        with self._noting_failure(f"policies/{loaded.name}/update", writer):
+        with self._noting_failure(f"policies/{loaded.name}/update", data, writer):
             length = super().update(loaded, data, writer)
         self._note_loaded(loaded, writer, updated=True)
         return length
@@ -83,34 +88,34 @@ class WatchedIpe(Ipe):
     def setactive(self, loaded: LoadedPolicy, data: bytes, writer: Writer) -> int:
         """Activate a policy, and note what came of it."""
         before = self.active
-        with self._noting_failure(f"policies/{loaded.name}/active", writer):
+        with self._noting_failure(f"policies/{loaded.name}/active", data, writer):
             length = super().setactive(loaded, data, writer)
         if before is not loaded:
             policy = loaded.policy
             instead = before.name if before is not None else None
-            event = PolicyActivated(self.timeline.now, writer.subject, policy.name, str(policy.version), instead)
-            self.timeline.add(event)
+            self.timeline.add(PolicyActivated(self.timeline.now, writer.subject, policy, instead))
         return length
 
     def delete_policy(self, loaded: LoadedPolicy, data: bytes, writer: Writer) -> int:
         """Delete a policy, and note what came of it."""
-        with self._noting_failure(f"policies/{loaded.name}/delete", writer):
+        with self._noting_failure(f"policies/{loaded.name}/delete", data, writer):
             length = super().delete_policy(loaded, data, writer)
         self.timeline.add(PolicyDeleted(self.timeline.now, writer.subject, loaded.name))
         return length
 
     def _note_loaded(self, loaded: LoadedPolicy, writer: Writer, *, updated: bool) -> None:
-        policy = loaded.policy
+        by, text = writer.subject, self.read_policy(loaded)
         event = PolicyLoaded(
-            self.timeline.now, writer.subject, policy.name, str(policy.version), loaded.signed, updated
+            self.timeline.now, by, loaded.policy, text, loaded.signed, updated, active=loaded is self.active
         )
         self.timeline.add(event)
 
     @contextmanager
-    def _noting_failure(self, node: str, writer: Writer) -> Iterator[None]:
+    def _noting_failure(self, node: str, data: bytes, writer: Writer) -> Iterator[None]:
         try:
             yield
         except KernelError as error:
-            failure = ControlFailed(self.timeline.now, writer.subject, node, error.errno, error.reason)
-            self.timeline.add(failure)
+            now, by = self.timeline.now, writer.subject
+            size, head, in_text = len(data), data[:_HEAD], isinstance(error, PolicyError)
+            self.timeline.add(ControlFailed(now, by, node, error.errno, error.reason, size, head, in_text))
             raise

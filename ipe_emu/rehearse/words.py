@@ -19,13 +19,17 @@ def line_of(event: Event) -> str | None:
 
 def _text_of(event: Event) -> str | None:  # noqa: PLR0912 - one answer for each kind of event
     match event:
+        case events.Started():
+            return None
+        case events.ImageUnpacked():
+            return None if event.fault is None else f"Initramfs unpacking failed: {event.fault}"
         case events.PolicyLoaded():
             how = "updated" if event.updated else "loaded"
             kind = "signed" if event.signed else "unsigned"
-            return f"policy {how}: {event.name} {event.version}, {kind}"
+            return f"policy {how}: {event.policy.name} {event.policy.version}, {kind}"
         case events.PolicyActivated():
             instead = f", in the place of {event.before}" if event.before is not None else ""
-            return f"policy activated: {event.name} {event.version}{instead}"
+            return f"policy activated: {event.policy.name} {event.policy.version}{instead}"
         case events.PolicyDeleted():
             return f"policy deleted: {event.name}"
         case events.ControlFailed():

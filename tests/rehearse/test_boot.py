@@ -76,7 +76,8 @@ def test_the_new_root_is_not_boot_verified(emu: Runner) -> None:
     assert 'pid=1 comm="switch_root" path="/init" dev="tmpfs"' in denied
     assert 'rule="DEFAULT action=DENY"' in denied
     assert "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100" in done.errors
-    assert "result: the policy failed it: denied: EXECUTE BPRM_CHECK /init on tmpfs: DEFAULT action=DENY" in done.errors
+    assert "result: the policy failed it: unverified file executed: tmpfs is neither the initramfs" in done.errors
+    assert "denied: EXECUTE BPRM_CHECK /init on tmpfs: DEFAULT action=DENY" in done.errors
 
 
 def test_a_released_kernel_refuses_the_unsigned_policy(one: Runner) -> None:
