@@ -173,6 +173,7 @@ class Ipe:
     upstream_refusals: list[UpstreamRefusal] = field(factory=list, init=False)
     _policies: dict[str, LoadedPolicy] = field(factory=dict, init=False)
     _active: _Content | None = field(default=None, init=False)
+    _passed: tuple[_Content, Operation, Facts] | None = field(default=None, init=False)
     _listeners: list[Callable[[PolicyAdded | PolicyRemoved], None]] = field(factory=list, init=False)
     # The kernel's ipe_policy_lock, and with it everything above. Of the callables only ``emit`` is called under it, as
     # the kernel audits under its own: the order of records is the order of changes.
@@ -229,7 +230,16 @@ class Ipe:
         active = self._active
         if active is None:
             return True
-        return not self.success_audit and evaluate(active.index, operation, facts).action is Action.ALLOW
+        if self.success_audit:
+            return False
+        # The same question comes again and again; it is the same if it is of the very same facts.
+        last = self._passed
+        if last is not None and last[0] is active and last[1] is operation and last[2] is facts:
+            return True
+        if evaluate(active.index, operation, facts).action is Action.DENY:
+            return False
+        self._passed = active, operation, facts
+        return True
 
     def _evaluate(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Verdict | None:
         active = self._active

@@ -32,7 +32,7 @@ class Access:
     def of(cls, tracee: Tracee) -> "Access":
         """Take them from a caller. A capability of a nested user namespace counts here as well."""
         if capabilities.effective(tracee.pid) >> Capability.DAC_OVERRIDE & 1:
-            return _OVERRIDE
+            return EVERYTHING
         status = tracee.status
         return cls(override=False, fsuid=status.fsuid, fsgid=status.fsgid, groups=status.groups)
 
@@ -66,4 +66,5 @@ class Access:
         return False
 
 
-_OVERRIDE: Final = Access(override=True)
+#: Of whom mode bits bind in nothing.
+EVERYTHING: Final = Access(override=True)

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Subject
-from ipe_emu.exec_hook.access import Access
+from ipe_emu.exec_hook.access import EVERYTHING, Access
 from ipe_emu.exec_hook.mounts import Mount, Mounts
 from ipe_emu.exec_hook.resolve import look_up
 from ipe_emu.integrity.facts import Facts
@@ -112,9 +112,13 @@ class Caller:
             self._access = Access.of(self.tracee)
         return self._access
 
-    def look_up(self, directory: int, path: bytes, *, follow: bool = True) -> int:
-        """Return an O_PATH descriptor of what a path names to the caller; see `resolve.look_up`."""
-        return self._keep(look_up(self.tracee, self._mounts, self.access, directory, path, follow=follow))
+    def look_up(self, directory: int, path: bytes, *, follow: bool = True, searching: bool = True) -> int:
+        """Return an O_PATH descriptor of what a path names to the caller; see `resolve.look_up`.
+
+        Without ``searching`` it is not looked at whether the caller may search the directories on the way.
+        """
+        access = self.access if searching else EVERYTHING
+        return self._keep(look_up(self.tracee, self._mounts, access, directory, path, follow=follow))
 
     def descriptor(self, fd: int) -> int | None:
         """Return an O_PATH descriptor of the caller's ``fd``, whatever it is; None if it is not open."""

@@ -4,15 +4,15 @@ import contextlib
 import errno
 import os
 import stat
-from typing import Final
+from typing import Final, Protocol
 
 from ipe_emu.binfmt.execution import Execution, Question
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.caller import Caller, entry_name
-from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Passes, Plan, Refuse, Return, nothing_passes
-from ipe_emu.exec_hook.write_access import IS_DENIED_BY_KERNEL, deny_write_access
+from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Plan, Refuse, Return
+from ipe_emu.exec_hook.write_access import deny_write_access
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, signed_int
 from ipe_emu.linux.tracee import Tracee
 from ipe_emu.policy.rule import Operation
@@ -21,19 +21,27 @@ from ipe_emu.profiles import Profile
 AT_EXECVE_CHECK: Final = 0x10000
 
 _PATH_MAX: Final = 4096
+_GOES_BY: Final = Plan(Continue())
 
 
-def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile, passes: Passes = nothing_passes) -> Plan:
+class GoesBy(Protocol):
+    """Tells of an execution whether nothing of it need be planned (``passing.Passing.goes_by``)."""
+
+    def __call__(self, caller: Caller, directory: int, path: bytes, *, follow: bool) -> bool:
+        """Tell it of what ``path`` names from a descriptor of the caller's."""
+
+
+def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile, goes_by: GoesBy | None = None) -> Plan:
     """Plan execve(path, argv, envp)."""
-    return _plan(caller, AT_FDCWD, args[0], 0, profile, passes)
+    return _plan(caller, AT_FDCWD, args[0], 0, profile, goes_by)
 
 
-def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile, passes: Passes) -> Plan:
+def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile, goes_by: GoesBy) -> Plan:
     """Plan execveat(directory, path, argv, envp, flags)."""
-    return _plan(caller, signed_int(args[0]), args[1], signed_int(args[4]), profile, passes)
+    return _plan(caller, signed_int(args[0]), args[1], signed_int(args[4]), profile, goes_by)
 
 
-def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Profile, passes: Passes) -> Plan:
+def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Profile, goes_by: GoesBy | None) -> Plan:
     path = read_path(caller.tracee, address)
     if not path and not flags & AT_EMPTY_PATH:
         raise KernelError(errno.ENOENT, "the path is empty", "getname_flags")
@@ -41,8 +49,8 @@ def _plan(caller: Caller, directory: int, address: int, flags: int, profile: Pro
     if flags & ~known:
         raise KernelError(errno.EINVAL, f"execveat(2) on {profile.name} has no such flags", "do_open_execat")
     follow = not flags & AT_SYMLINK_NOFOLLOW
-    if not flags & AT_EXECVE_CHECK and _goes_by(caller, directory, path, passes, follow=follow):
-        return Plan(Continue())
+    if goes_by is not None and not flags & AT_EXECVE_CHECK and goes_by(caller, directory, path, follow=follow):
+        return _GOES_BY
     program = _open_execat(caller, directory, path, follow=follow)
     if flags & AT_EXECVE_CHECK:
         with contextlib.suppress(NotJudgedError):  # it need not be read for this
@@ -65,10 +73,13 @@ def read_path(tracee: Tracee, address: int) -> bytes:
     return path
 
 
-def _open_regular(caller: Caller, directory: int, path: bytes, *, follow: bool = True) -> int:
-    """Return an O_PATH descriptor of a regular file that is to be executed (``may_open()``)."""
+def open_regular(caller: Caller, directory: int, path: bytes, *, follow: bool = True, searching: bool = True) -> int:
+    """Return an O_PATH descriptor of a regular file that is to be executed (``may_open()``).
+
+    Without ``searching`` it is not looked at whether the caller may search the directories on the way.
+    """
     if path:
-        fd = caller.look_up(directory, path, follow=follow)
+        fd = caller.look_up(directory, path, follow=follow, searching=searching)
     elif directory == AT_FDCWD:
         fd = caller.cwd()
     else:
@@ -86,7 +97,7 @@ def _open_regular(caller: Caller, directory: int, path: bytes, *, follow: bool =
 
 def _open_execat(caller: Caller, directory: int, path: bytes, *, follow: bool = True) -> int:
     """Return an O_PATH descriptor of a file that may be executed (``do_open_execat()``)."""
-    fd = _open_regular(caller, directory, path, follow=follow)
+    fd = open_regular(caller, directory, path, follow=follow)
     st = caller.stat(fd)
     # Asked with our own ids, which have every permission that a mode can give: no x bit at all, or a noexec mount.
     if not os.access(b"/proc/self/fd/%d" % fd, os.X_OK, effective_ids=True) or caller.access.forbids_execution(st, fd):
@@ -101,25 +112,8 @@ def _open_to_read(caller: Caller, program: int) -> int:
     return fd
 
 
-class _RecordError(Exception):
-    """An event of an execution is denied, or is to be recorded."""
-
-
-def _goes_by(caller: Caller, directory: int, path: bytes, passes: Passes, *, follow: bool) -> bool:
-    """Whether all that is mapped to run is sure to be allowed without a record; nearly every execution is that.
-
-    Then who calls, and whether the files may be executed by him at all, need not be known here.
-    """
-    execution = Execution(_PassingOpener(caller, directory, path, passes))
-    try:
-        execution.load(_open_regular(caller, directory, path, follow=follow), path)
-    except (_RecordError, KernelError, NotJudgedError):
-        return False
-    return True
-
-
 def _plan_execution(caller: Caller, directory: int, path: bytes, program: int) -> Plan:
-    execution = Execution(_Opener(caller, directory, path))
+    execution = Execution(Opener(caller, directory, path))
     answer: Answer
     subject = caller.subject
     try:
@@ -139,7 +133,7 @@ def _event(before: Subject, after: Subject, question: Question) -> Event:
     return Event(Operation.EXECUTE, question.hook, subject, question.file, question.after_point_of_no_return)
 
 
-class _Opener:
+class Opener:
     """Opens the files of one execution as its caller (``binfmt.execution.Opener``)."""
 
     def __init__(self, caller: Caller, directory: int, path: bytes) -> None:
@@ -149,15 +143,19 @@ class _Opener:
         self._formats = binfmt_misc.registered()
 
     def open_execat(self, path: bytes) -> int:
+        """Open an interpreter as `_open_execat` does."""
         return _open_execat(self._caller, AT_FDCWD, path)
 
     def open_to_read(self, program: int) -> int:
+        """Open it for reading, unless somebody can write to it."""
         return _open_to_read(self._caller, program)
 
     def file(self, program: int) -> File:
+        """Return what IPE knows of it."""
         return self._caller.file(program)
 
     def registered_interpreter(self, head: bytes, name: bytes) -> bytes | None:
+        """Return what is registered for the rehearsed tree."""
         found = binfmt_misc.match(self._formats, head, name)
         if found is None:
             return None
@@ -168,30 +166,9 @@ class _Opener:
         return found.interpreter
 
     def check_accessible(self) -> None:
+        """Raise ENOENT where the interpreter would be given a path that leads nowhere."""
         # An interpreter would be given a /dev/fd path that exec closes (BINPRM_FLAGS_PATH_INACCESSIBLE).
         if self._directory == AT_FDCWD or self._path.startswith(b"/"):
             return
         if self._caller.tracee.flags_of_fd(self._directory) & os.O_CLOEXEC:
             raise KernelError(errno.ENOENT, "the interpreter could not open what is close-on-exec", "load_script")
-
-
-class _PassingOpener(_Opener):
-    """The same in haste, for an execution that goes by: raises _RecordError at the first event that does not pass."""
-
-    def __init__(self, caller: Caller, directory: int, path: bytes, passes: Passes) -> None:
-        super().__init__(caller, directory, path)
-        self._passes = passes
-
-    def open_execat(self, path: bytes) -> int:
-        return _open_regular(self._caller, AT_FDCWD, path)
-
-    def open_to_read(self, program: int) -> int:
-        if IS_DENIED_BY_KERNEL:
-            return self._caller.readable(program)
-        return super().open_to_read(program)
-
-    def file(self, program: int) -> File:
-        facts = self._caller.facts(program)
-        if not self._passes(Operation.EXECUTE, facts):
-            raise _RecordError
-        return File(b"", "", 0, facts)  # nobody is told of it

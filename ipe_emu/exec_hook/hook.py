@@ -19,6 +19,7 @@ from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount import plan_fsopen, plan_mount
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.mprotect import plan_mprotect
+from ipe_emu.exec_hook.passing import Passing
 from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
 from ipe_emu.exec_hook.traps import Handler, Trap
@@ -158,9 +159,10 @@ class ExecHook:
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts(superblocks)
         modules = Modules()
+        goes_by = Passing(judge.passes).goes_by
         handlers: dict[str, Handler] = {
-            "execve": functools.partial(plan_execve, profile=judge.profile, passes=judge.passes),
-            "execveat": functools.partial(plan_execveat, profile=judge.profile, passes=judge.passes),
+            "execve": functools.partial(plan_execve, profile=judge.profile, goes_by=goes_by),
+            "execveat": functools.partial(plan_execveat, profile=judge.profile, goes_by=goes_by),
             "mmap": functools.partial(plan_mmap, passes=judge.passes),
             "mprotect": plan_mprotect,
             "pkey_mprotect": plan_mprotect,

@@ -17,11 +17,6 @@ from ipe_emu.policy.rule import Operation
 Passes = Callable[[Operation, Facts], bool]
 
 
-def nothing_passes(_operation: Operation, _facts: Facts) -> bool:
-    """Have every event of a call planned, whatever its answer will be."""
-    return False
-
-
 @frozen
 class Event:
     """One question to the LSM. A denial fails the call with EACCES.

@@ -7,6 +7,7 @@ receives the calls that the program hands over and answers them (seccomp_unotify
 import errno
 import fcntl
 import os
+import re
 import select
 import struct
 from collections.abc import Iterable, Mapping
@@ -181,6 +182,19 @@ _ADDFD: Final = struct.Struct("=QIIII")
 _U64: Final = struct.Struct("=Q")
 
 
+def receiving_ends(release: str) -> bool:
+    """Whether on a kernel of this release (uname(2)) SECCOMP_IOCTL_NOTIF_RECV returns when no process is left.
+
+    Older ones leave whoever waits in it there, so that it must be asked first whether there is anything to receive.
+    """
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is not None and (int(found[1]), int(found[2])) >= _FIRST_THAT_ENDS
+
+
+_FIRST_THAT_ENDS: Final = (6, 12)
+_RECEIVING_ENDS: Final = receiving_ends(os.uname().release)
+
+
 class Listener:
     """The supervisor's end of a filter. One thread receives; it owns ``fd``.
 
@@ -202,21 +216,24 @@ class Listener:
 
         Raises ``TimeoutError`` if ``timeout_ms`` pass without one.
         """
+        ended = False
         while True:
-            events = self._poll.poll(timeout_ms)
-            if not events:
-                raise TimeoutError("no notification")
-            if not events[0][1] & select.POLLIN:
-                return None
+            if timeout_ms is not None or ended or not _RECEIVING_ENDS:
+                events = self._poll.poll(timeout_ms)
+                if not events:
+                    raise TimeoutError("no notification")
+                if not events[0][1] & select.POLLIN:
+                    return None
             self._buffer[:] = self._empty  # the kernel insists on zeroes
             try:
                 fcntl.ioctl(self.fd, _IOCTL_RECEIVE, self._buffer, True)
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the caller was killed in between
-                raise
-            id_, pid, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(self._buffer)
-            return Notification(id_, pid, number, tuple(args))
+                if error.errno not in (errno.ENOENT, errno.EINTR):
+                    raise
+                ended = error.errno == errno.ENOENT  # all have, or it was the caller alone, killed in between
+                continue
+            fields = _NOTIFICATION.unpack(self._buffer)
+            return Notification(fields[0], fields[1], fields[3], fields[6:])
 
     def valid(self, notification: Notification) -> bool:
         """Whether the caller still waits: only then does what was read of its pid belong to it."""

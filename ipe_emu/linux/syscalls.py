@@ -63,6 +63,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "mount": (165, 40),
     "umount2": (166, 39),
     "swapon": (167, 224),
+    "fstatfs": (138, 44),
     "reboot": (169, 142),
     "init_module": (175, 105),
     "delete_module": (176, 106),
