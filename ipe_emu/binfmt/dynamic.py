@@ -29,6 +29,9 @@ _DF_1_PIE: Final = 0x08000000
 # Real ones have some dozens of entries of 16 bytes; a larger one is not believed.
 _MAX_SIZE: Final = 1 << 16
 _MAX_STRING: Final = 4096
+#: Real ones need some hundred libraries at most, by short names.
+_MAX_NEEDED: Final = 1024
+_MAX_STRINGS: Final = 1 << 16
 
 
 @frozen
@@ -70,8 +73,14 @@ def read_dynamic(fd: int, head: bytes) -> Dynamic:
         return _string(fd, strings, values[tag]) if tag in values else None
 
     flags = values.get(_DT_FLAGS_1, 0)
+    needed = [value for tag, value in entries if tag == _DT_NEEDED]
+    if len(needed) > _MAX_NEEDED:
+        raise BadElfError(f"it needs {len(needed)} libraries")
+    names = tuple(_string(fd, strings, value) for value in needed)
+    if sum(map(len, names)) > _MAX_STRINGS:
+        raise BadElfError("names of libraries as long as no real ones")
     return Dynamic(
-        needed=tuple(_string(fd, strings, value) for tag, value in entries if tag == _DT_NEEDED),
+        needed=names,
         soname=string(_DT_SONAME),
         rpath=string(_DT_RPATH),
         runpath=string(_DT_RUNPATH),

@@ -1,14 +1,15 @@
 """Trees of files that commands look at: directories and images, and the options that say what is known of them."""
 
 import argparse
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from ipe_emu.cli.hash_tree_options import add_tree_options
-from ipe_emu.cli.options import add_integrity_options, declared_of
+from ipe_emu.cli.options import add_integrity_options, declared_of, keyrings_of
 from ipe_emu.cli.output import escape, say
 from ipe_emu.errors import UserError
 from ipe_emu.integrity.facts import Digest, Facts
@@ -16,6 +17,7 @@ from ipe_emu.profiles import Profile
 
 if TYPE_CHECKING:
     from ipe_emu.integrity.dm_verity import Parameters
+    from ipe_emu.keyring import Keyrings
     from ipe_emu.simulate.known import Known
     from ipe_emu.simulate.tree import Tree
 
@@ -80,6 +82,8 @@ def known_tree(args: argparse.Namespace, profile: Profile, *, measured: bool) ->
     ``measured`` is whether digests are wanted of files that count as sealed.
     """
     from ipe_emu.cli.verity.images import JOBS
+    from ipe_emu.integrity.kernel_state import KernelState
+    from ipe_emu.linux.verity_state import VerityState
     from ipe_emu.simulate.known import Known, Seals
 
     is_image = not os.path.isdir(args.tree)  # noqa: PTH112 - as the user wrote it
@@ -99,7 +103,24 @@ def known_tree(args: argparse.Namespace, profile: Profile, *, measured: bool) ->
         facts = Facts(dmverity_roothash=root_hash, dmverity_signature=signed)
         volumes = [] if root_hash is None else [(tree.path, facts)]
         seals = None if args.fsverity is None else Seals(args.fsverity, args.fsverity_signed, measured)
-        yield Known(tree, declared_of(args, volumes), seals, jobs=JOBS)
+        # As for `run`: what this machine's kernel vouches for, where nothing else is said.
+        source = KernelState(declared_of(args, volumes), VerityState(), _verifier(args, profile))
+        yield Known(tree, source, seals, jobs=JOBS)
+
+
+def _verifier(args: argparse.Namespace, profile: Profile) -> "Callable[[Digest, bytes], None]":
+    """Return what checks builtin signatures of sealed files; keys are read when there is the first one."""
+
+    @functools.cache
+    def keyrings() -> "Keyrings":
+        return keyrings_of(args, profile)
+
+    def verify(digest: Digest, signature: bytes) -> None:
+        from ipe_emu.integrity.fsverity_signature import verify_signature
+
+        verify_signature(digest, signature, keyrings(), unavailable_hashes=profile.unavailable_hashes)
+
+    return verify
 
 
 def _given(text: str) -> Digest:

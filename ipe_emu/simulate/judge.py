@@ -35,7 +35,7 @@ _COMPRESSED: Final = {b".gz": b"\x1f\x8b", b".xz": b"\xfd7zXZ\0", b".zst": b"\x2
 _MAX_MODULE_READ: Final = 16 << 20
 _XZ_MEMORY: Final = 64 << 20
 _COMPRESSED_HEAD: Final = 64 << 10
-_LINKED_KEPT: Final = 1024
+_LINKED_KEPT: Final = 128
 
 
 class Kind(enum.Enum):

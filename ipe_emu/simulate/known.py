@@ -1,4 +1,4 @@
-"""What is known of the files of a tree: what is declared of them, and seals that are taken for given."""
+"""What is known of the files of a tree: what a source says of them, and seals that are taken for given."""
 
 import os
 from collections import OrderedDict
@@ -7,9 +7,9 @@ from typing import Final
 from attrs import define, evolve, field, frozen
 
 from ipe_emu.integrity import fsverity
-from ipe_emu.integrity.declared import Declared
 from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.hash_workers import Progress, no_progress
+from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.simulate.tree import Tree, reopen
 
 #: Digests of so many files are kept: an interpreter is asked about for every script.
@@ -30,10 +30,10 @@ class Seals:
 
 @define(eq=False)
 class Known:
-    """What holds for the files of one tree. Where ``declared`` has a digest for a file, that one counts."""
+    """What holds for the files of one tree. Where ``source`` has a digest for a file, that one counts."""
 
     tree: Tree
-    declared: Declared
+    source: FactsSource
     seals: Seals | None = None
     jobs: int = 1
     progress: Progress = no_progress
@@ -44,7 +44,7 @@ class Known:
 
         OSError and KernelError if its digest is wanted and cannot be computed; NotJudgedError if it cannot be read.
         """
-        facts = self.declared.facts_of(self.tree.locate(path), st, lambda: reopen(fd))
+        facts = self.source.facts_of(self.tree.locate(path), st, lambda: reopen(fd))
         if self.seals is None or facts.fsverity_digest is not None:
             return facts
         digest = self._digest(fd, st, self.seals.algorithm) if self.seals.measured else None

@@ -36,10 +36,11 @@ _MAX_LINKER: Final = 8 << 20
 _HWCAPS: Final = b"glibc-hwcaps"
 _OLD_HWCAPS: Final = (b"tls", b"haswell", b"xeon_phi", b"avx512_1", b"x86_64")
 _ORIGIN: Final = re.compile(rb"\$(?:ORIGIN\b|\{ORIGIN\})")
-_MAX_CONFIG: Final = 1 << 20
+_MAX_CONFIG: Final = 1 << 16
+_MOST_CONFIGS: Final = 256
 #: More libraries than any program needs; a tree that names more is out to exhaust us.
-_MAX_LIBRARIES: Final = 4096
-_KEPT: Final = 4096
+_MAX_LIBRARIES: Final = 1024
+_KEPT: Final = 1024
 
 
 @frozen
@@ -307,6 +308,7 @@ class _GlibcSearch:
         self._directories = [path.rstrip(b"/") for path in directories.pop().split(b"\0")[:-1]]
         cache = libraries.read(caches.pop(), ld_cache.MAX_SIZE)
         self._cache = ld_cache.read_cache(cache) if cache is not None else {}
+        self._configured: list[bytes] | None = None
         self._by_default = functools.lru_cache(_KEPT)(self._find_by_default)
         self._better = functools.lru_cache(_KEPT)(self._better_directories)
 
@@ -356,7 +358,9 @@ class _GlibcSearch:
         return found + [place for place in old if self._libraries.names(place)]
 
     def _hint(self, name: bytes) -> str:
-        for directory in _configured(self._libraries):
+        if self._configured is None:
+            self._configured = _configured(self._libraries)
+        for directory in self._configured:
             if isinstance(self._libraries.at(directory + b"/" + name), Library):
                 where = os.fsdecode(directory)
                 return f"it is in {where}, which ld.so.conf names and ld.so.cache does not: run ldconfig -r"
@@ -370,10 +374,10 @@ def _directories_of(text: bytes | None, owner: _Object) -> list[bytes]:
 def _configured(libraries: Libraries) -> list[bytes]:
     """Return the directories that /etc/ld.so.conf names for ldconfig(8), those of the files it includes among them."""
     lines = (libraries.read(b"/etc/ld.so.conf", _MAX_CONFIG) or b"").splitlines()
-    for name in sorted(libraries.names(b"/etc/ld.so.conf.d")):
+    for name in sorted(libraries.names(b"/etc/ld.so.conf.d"))[:_MOST_CONFIGS]:
         if name.endswith(b".conf"):
             lines += (libraries.read(b"/etc/ld.so.conf.d/" + name, _MAX_CONFIG) or b"").splitlines()
-    return [line.strip() for line in lines if line.startswith(b"/")]
+    return [line.strip() for line in lines if line.startswith(b"/")][:_MOST_CONFIGS]
 
 
 class _MuslSearch:

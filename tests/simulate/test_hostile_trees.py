@@ -248,3 +248,20 @@ def test_a_seal_is_measured_only_if_a_rule_asks(root: Path, tree: Tree) -> None:
     rules = f"{DENY}op=EXECUTE fsverity_digest={digest} action=ALLOW\n"
     assert judged(tree, rules, Seals("sha256"))[b"/program"].outcome is Outcome.NO_PROGRAM
     assert judged(tree, rules, Seals("sha512"))[b"/program"].outcome is Outcome.DENIED
+
+
+def test_a_library_that_names_more_than_memory_holds(root: Path, tree: Tree) -> None:
+    count = 4000
+    dynamic = b"".join(struct.pack("<qQ", 1, 0) for _ in range(count)) + struct.pack("<qQqQ", 5, 0x10000, 0, 0)
+    strings_at = 64 + 2 * 56 + len(dynamic)
+    content = (
+        header(3, phnum=2)
+        + struct.pack("<IIQQQQQQ", 2, 4, 64 + 2 * 56, 0, 0, len(dynamic), len(dynamic), 8)
+        + struct.pack("<IIQQQQQQ", 1, 4, strings_at, 0x10000, 0, 4000, 4000, 8)
+        + dynamic
+        + b"a" * 3999
+        + b"\0"
+    )
+    (root / "lib.so").write_bytes(content)
+    found = judged(tree)[b"/lib.so"]
+    assert (found.outcome, found.reason) == (Outcome.NOT_JUDGED, "no sound ELF file: it needs 4000 libraries")
