@@ -44,6 +44,11 @@ ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd
         default="exit",
         help="when to end: when the machine does, or already when the init process executes one of another root",
     )
+    parser.add_argument(
+        "--then",
+        metavar="COMMAND",
+        help="when the init process executes one of another root, run this there too, by a shell; its end is the end",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON, with every event")
     parser.add_argument(
         "--html", metavar="FILE", help="write the report as one HTML page, with the timeline as a picture"
@@ -54,6 +59,8 @@ ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd
 
 def run(args: argparse.Namespace) -> int:
     """Boot the image."""
+    if args.then is not None and args.until == "switch-root":
+        raise UserError("--then and --until switch-root: there the rehearsal ends before anything runs")
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
     from ipe_emu.rehearse.boot import BootOptions, boot
@@ -72,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             cmdline=os.fsencode(args.cmdline or image.cmdline or ""),
             timeout=args.timeout,
             stop_at_switch_root=args.until == "switch-root",
+            then=args.then,
         )
         refusals: Sequence[UpstreamRefusal] = ()
         try:

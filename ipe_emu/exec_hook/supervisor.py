@@ -17,7 +17,7 @@ from ipe_emu.exec_hook.hook import ExecHook
 from ipe_emu.exec_hook.sandbox import Fuse, Surroundings
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux.mountinfo import Superblocks
-from ipe_emu.linux.seccomp import Listener
+from ipe_emu.linux.seccomp import Listener, Notification
 from ipe_emu.lsm import Ipe
 
 if TYPE_CHECKING:
@@ -71,10 +71,25 @@ class _Thread:
             self._report.failed(f"{self._name}: does not end")
 
 
+class Answering:
+    """An exec hook that several threads may ask, each for a filter of its own: one after the other."""
+
+    def __init__(self, hook: ExecHook) -> None:
+        self._hook = hook
+        self._lock = threading.Lock()
+
+    def answer(self, listener: Listener, notification: Notification) -> None:
+        """Judge one call and answer it."""
+        with self._lock:
+            self._hook.answer(listener, notification)
+
+
 class Notifications(_Thread):
     """Answers the filter's notifications until no process is left under it."""
 
-    def __init__(self, hook: ExecHook, listener: Listener, report: Failures, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, hook: "ExecHook | Answering", listener: Listener, report: Failures, on_failure: Callable[[], None]
+    ) -> None:
         self._hook = hook
         self._listener = listener
         super().__init__("answering system calls", self._answer, report, on_failure)

@@ -26,7 +26,9 @@ from ipe_emu.rehearse.staging import COMPOSED, DIRECTORIES, SESSION, STAGING
 _UMOUNT_NOFOLLOW: Final = 8
 
 
-def main(channel: Channel, supervisor: int, *, requests: Channel, blueprint: BootBlueprint) -> NoReturn:
+def main(
+    channel: Channel, supervisor: int, *, requests: Channel, orders: Channel, blueprint: BootBlueprint
+) -> NoReturn:
     """Be the agent, until the supervisor is gone. A failure before the machine is there is the message ``failed``."""
     try:
         process.die_with_parent()
@@ -42,8 +44,9 @@ def main(channel: Channel, supervisor: int, *, requests: Channel, blueprint: Boo
         agent = os.pidfd_open(os.getpid())
         if os.fork() == 0:
             requests.close()
-            keeper.main(channel, agent, blueprint)
+            keeper.main(channel, orders, agent, blueprint)
         channel.close()
+        orders.close()
         os.close(agent)
         _Server(requests, namespace, blueprint.root).serve()
     except OSError as error:

@@ -23,7 +23,7 @@ from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
 from ipe_emu.exec_hook.sandbox import Sandbox
-from ipe_emu.exec_hook.supervisor import Notifications, SecurityFsServer
+from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.kernel_cmdline import words
@@ -40,10 +40,10 @@ from ipe_emu.rehearse.facts import SuperblockFacts
 from ipe_emu.rehearse.image import Unpacked
 from ipe_emu.rehearse.init_arguments import InitArguments
 from ipe_emu.rehearse.live import Live
-from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting
+from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting, Staged
 from ipe_emu.rehearse.power import Power
 from ipe_emu.rehearse.requests import Agent
-from ipe_emu.rehearse.staging import DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
 from ipe_emu.rehearse.watch import WatchedIpe
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ _ABSENT: Final = (
 )
 #: How many pid namespaces below ours the machine's is: that of the keeper lies between.
 _PID_DEPTH: Final = 2
+#: How many file systems the machine gives, if its devpts is among them.
+_WITH_DEVPTS: Final = 4
 #: The level that a line written to /dev/kmsg may begin with.
 _LEVEL: Final = re.compile(r"^<\d+>")
 #: Devices of this machine that every program may use.
@@ -80,6 +82,7 @@ class BootOptions:
     ``make_ipe`` makes the booted emulator, which notes what happens in a timeline. ``unpack`` puts the image into the
     directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
+    ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
     ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is.
     """
 
@@ -88,6 +91,7 @@ class BootOptions:
     cmdline: bytes
     timeout: float | None = None
     stop_at_switch_root: bool = False
+    then: str | None = None
     unshiftable: str | None = None
 
 
@@ -106,6 +110,7 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
     for note in standing.notes:
         say(note)
     ours, theirs = Channel.pair()
+    our_orders, their_orders = Channel.pair()
     console = Console(standing.root)
     rehearsal = _Rehearsal(options, timeline, standing.root, standing.kind is Kind.SHIELDED, Agent(ours), console)
     blueprint = BootBlueprint(
@@ -118,12 +123,15 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
 
     def be_agent(channel: Channel, supervisor: int) -> NoReturn:
         ours.close()
+        our_orders.close()
         console.close()
-        agent_process.main(channel, supervisor, requests=theirs, blueprint=blueprint)
+        agent_process.main(channel, supervisor, requests=theirs, orders=their_orders, blueprint=blueprint)
 
     blocked = [signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
     with contextlib.closing(console), Sandbox(be_agent, standing.root, blocked) as sandbox:
         theirs.close()
+        their_orders.close()
+        rehearsal.orders = our_orders
         return rehearsal.run(sandbox)
 
 
@@ -141,7 +149,10 @@ class _Rehearsal:
     facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
     mounting: Mounting = field(init=False)
     power: Power = field(init=False)
+    orders: Channel = field(init=False)
     _ipe: WatchedIpe = field(init=False)
+    _answering: Answering = field(init=False)
+    _command: Notifications | None = field(default=None, init=False)
     _sandbox: Sandbox = field(init=False)
     _init: int = field(default=-1, init=False)
     _init_pid: int = field(default=0, init=False)
@@ -192,15 +203,23 @@ class _Rehearsal:
                 traps=self.traps,
                 superblocks=self.superblocks,
             )
-            notifications = Notifications(exec_hook, Listener(sandbox.listener()), self, sandbox.kill)
+            self._answering = Answering(exec_hook)
+            notifications = Notifications(self._answering, Listener(sandbox.listener()), self, sandbox.kill)
             notifications.start()
             with self.console.running():
                 self._watch()
+                if self.options.then is not None and not any(
+                    isinstance(event, events.CommandEnded) for event in self.timeline.events
+                ):
+                    self._command_ended(None)
                 sandbox.kill()
                 notifications.join()
+                if self._command is not None:
+                    self._command.join()
         finally:
             sandbox.kill()
             self.agent.close()
+            self.orders.close()
             server.stop()
             server.join()
         return ipe
@@ -241,7 +260,9 @@ class _Rehearsal:
 
     def _stage(self, machine: Message, securityfs: int) -> None:
         """Give the agent what the machine made for it, and complete that."""
-        for path, fd in zip((DEVTMPFS, SYSFS, PROC), machine.fds, strict=True):
+        if len(machine.fds) == _WITH_DEVPTS:
+            self.mounting.emulators = {**self.mounting.emulators, "devpts": Staged(DEVPTS)}
+        for path, fd in zip((DEVTMPFS, SYSFS, PROC, DEVPTS), machine.fds, strict=False):
             self.mounting.devices[path] = os.fstat(fd).st_dev
             self.agent.stage(fd, path)
             os.close(fd)
@@ -294,6 +315,15 @@ class _Rehearsal:
                     self._panic(message.values["text"])
                 case "no-init":
                     self._no_init(message.values["path"])
+                case "command-listener":
+                    self._command = Notifications(self._answering, Listener(message.fds[0]), self, self._sandbox.kill)
+                    self._command.start()
+                    self._sandbox.tell("go")
+                case "command-ended":
+                    if not self._ended:
+                        self._command_ended(message.values["status"])
+                        self._kill()
+                        return
                 case "ended":
                     if not self._ended:
                         self._panic(f"Attempted to kill init! exitcode=0x{message.values['status']:08x}")
@@ -325,7 +355,15 @@ class _Rehearsal:
         self.timeline.add(events.SwitchedRoot(self.timeline.now, subject, program))
         if self.options.stop_at_switch_root:
             self._kill()
+        if self.options.then is not None:
+            self.orders.send("command", {"text": self.options.then}, [self.console.console.theirs])
         return 0
+
+    def _command_ended(self, status: int | None) -> None:
+        code = status
+        if status is not None:
+            code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self.timeline.add(events.CommandEnded(self.timeline.now, None, self.options.then or "", code))
 
     def _end(self, how: str, means: str, caller: Caller | None) -> None:
         """The machine was told to end."""

@@ -166,6 +166,17 @@ class Panicked(_Happened):
 
 
 @frozen
+class CommandEnded(_Happened):
+    """The command that was to be run in the new root ended, with its status as a shell reports it.
+
+    None if the machine ended before it did, or before it was there.
+    """
+
+    command: str
+    status: int | None
+
+
+@frozen
 class TimedOut(_Happened):
     """The machine was still running when its time was over, after so many seconds."""
 
@@ -195,6 +206,7 @@ Event = (
     | Message
     | Rebooted
     | Panicked
+    | CommandEnded
     | TimedOut
     | Failed
 )

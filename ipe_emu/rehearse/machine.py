@@ -50,11 +50,12 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         namespaces.unshare(Namespace.MOUNT | Namespace.UTS | Namespace.IPC | Namespace.NET | Namespace.CGROUP)
         # Now: a proc can be made where one can be seen that hides nothing (mount_too_revealing()).
         proc = _new_proc()
+        devpts = _devpts()
         mounts.attach_new(b"tmpfs", {b"source": b"rootfs", b"mode": b"755"}, Attribute.NONE, ROOT)
         unpacked = _unpack(blueprint)
         described = _described(unpacked)
         mounts.pivot_root_into(ROOT)
-        staged = [_devtmpfs(), _sysfs(), proc]
+        staged = [_devtmpfs(), _sysfs(), proc, *devpts]
         os.umask(0o022)  # as that of init_task
         channel.ask("machine", described, staged)
         for fd in staged:
@@ -82,6 +83,14 @@ def _new_proc() -> int:
     except PermissionError as error:
         why = "something covers parts of this machine's /proc, as container engines do"
         raise PermissionError(error.errno, f"{error.strerror} ({why})") from None
+
+
+def _devpts() -> list[int]:
+    """Make a devpts where the machine cannot make one with the usual options, for want of the group tty."""
+    if sum(ids.size for ids in namespaces.read_map("self", "gid")) > 1:
+        return []
+    options: dict[bytes, bytes | None] = {b"source": b"devpts", b"mode": b"620", b"ptmxmode": b"666"}
+    return [mounts.new_filesystem(b"devpts", options, Attribute.NOSUID | Attribute.NOEXEC)]
 
 
 def _unpack(blueprint: BootBlueprint) -> Unpacked:

@@ -151,9 +151,9 @@ class Mounting:
             return Plan(Refuse("binfmt_misc, under which the kernel runs interpreters of its own choice"))
         name = os.fsdecode(kind)
         target = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[1]))
-        if name in _NATIVE:
-            return Plan(Continue())
         emulator = self.emulators.get(name)
+        if emulator is None and name in _NATIVE:
+            return Plan(Continue())
         if emulator is None:
             reason = f"there is no file system of type {name!r} here: mount(2) failed with ENODEV"
             self.timeline.add(NotJudged(self.timeline.now, caller.subject, "mount", reason))

@@ -15,6 +15,8 @@ DEVTMPFS: Final = STAGING / "devtmpfs"
 SYSFS: Final = STAGING / "sysfs"
 PROC: Final = STAGING / "proc"
 CGROUP2: Final = STAGING / "cgroup2"
+#: Where there is but one user id: no option that names another is allowed.
+DEVPTS: Final = STAGING / "devpts"
 #: An empty directory, that of no file system which is served here.
 EMPTY: Final = STAGING / "empty"
 #: One directory for each mount that is composed of several.
@@ -22,4 +24,4 @@ COMPOSED: Final = STAGING / "composed"
 #: Where the machine's root file system is mounted until it is the root.
 ROOT: Final = STAGING / "root"
 
-DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, CGROUP2, EMPTY, COMPOSED, ROOT)
+DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, DEVPTS, CGROUP2, EMPTY, COMPOSED, ROOT)

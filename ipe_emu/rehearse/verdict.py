@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from ipe_emu.rehearse.events import (
+    CommandEnded,
     ControlFailed,
     Event,
     Failed,
@@ -44,14 +45,18 @@ def verdict(events: Sequence[Event]) -> Verdict:
         for event in events:
             if decides(event):
                 return Verdict(result, line_of(event) or "", event)
-    ends = [event for event in events if isinstance(event, Rebooted | SwitchedRoot)]
+    ends = [event for event in events if isinstance(event, Rebooted | SwitchedRoot | CommandEnded)]
     if not ends:  # nothing says how it ended
         return Verdict(Result.NOT_JUDGED, "nobody saw the end of the machine")
     return Verdict(Result.AS_EXPECTED, line_of(ends[-1]) or "", ends[-1])
 
 
 def _crashed(event: Event) -> bool:
-    return isinstance(event, Panicked | TimedOut) or (isinstance(event, Rebooted) and event.how == "crashed")
+    return (
+        isinstance(event, Panicked | TimedOut)
+        or (isinstance(event, Rebooted) and event.how == "crashed")
+        or (isinstance(event, CommandEnded) and event.status != 0)
+    )
 
 
 def _denied(event: Event) -> bool:

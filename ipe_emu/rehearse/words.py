@@ -52,6 +52,10 @@ def _text_of(event: Event) -> str | None:  # noqa: PLR0912 - one answer for each
             return f"{event.how}, by {event.means}"
         case events.Panicked():
             return f"Kernel panic - not syncing: {event.message}"
+        case events.CommandEnded():
+            if event.status is None:
+                return f"the command {event.command!r} was not run to its end"
+            return f"the command {event.command!r} returned {event.status}"
         case events.TimedOut():
             return f"still running after {event.seconds:g} s"
         case events.Failed():

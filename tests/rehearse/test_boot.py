@@ -1,11 +1,13 @@
 """Whole boots of small images: policies change hands, roots are switched, machines end."""
 
+import os
 import re
+import termios
 from pathlib import Path
 
 import pytest
 
-from tests.exec_hook.running import Runner, runner
+from tests.exec_hook.running import LIMIT, Runner, runner
 from tests.rehearse.images import BOOT_POLICY, MOUNTS, NEW_ROOT, boot, build_tree
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
@@ -110,6 +112,85 @@ def test_subordinate_ids_become_owners(tmp_path: Path) -> None:
     done = boot(emu, tree)
     assert done.output == ["5:7"]
     assert done.status == 0
+
+
+# -- a command in the new root ----------------------------------------------------------------------------------------
+
+SWITCH = f"""{NEW_ROOT}
+mount -t proc proc /newroot/proc
+exec switch_root /newroot /init
+"""
+LASTING_INIT = "#!/bin/sh\n/bin/busybox sleep 1000\n"
+
+
+@pytest.mark.parametrize(("command", "status"), [("test $$ -gt 1 && ls / | grep -q proc", 0), ("exit 7", 3)])
+def test_a_command_is_run_beside_the_new_init(emu: Runner, command: str, status: int) -> None:
+    tree = build_tree(emu.place / "tree", SWITCH, {"etc/newinit": LASTING_INIT})
+    busybox = 'busybox() { /bin/busybox "$@"; }; ls() { busybox ls "$@"; }; grep() { busybox grep "$@"; }; '
+    done = boot(emu, tree, "--then", f"{busybox} {command}", policy=None)
+    assert done.status == status, done.errors
+    assert f"returned {7 if status else 0}" in done.errors
+
+
+def test_a_command_is_judged_as_all_else_is(one: Runner) -> None:
+    # Programs named init are the last that may run.
+    policy = LOCKDOWN.replace("DEFAULT action=ALLOW", "DEFAULT action=ALLOW\nDEFAULT op=EXECUTE action=ALLOW")
+    tree = build_tree(one.place / "tree", TAKE_OVER, {"etc/new.pol": policy, "etc/newinit": LASTING_INIT})
+    done = boot(one, tree, "--then", "exec /bin/busybox true", cmdline="ipe.success_audit=1")
+    assert done.status == 0, done.errors
+    # The command's shell, and what it executes.
+    assert 'comm="then" path="/bin/busybox" dev="tmpfs"' in done.record('comm="then"')
+    assert 'dev="tmpfs"' in done.record('ipe_hook=BPRM_CHECK .* comm="sh" path="/bin/busybox"')
+
+
+def test_a_command_that_does_not_come_to_its_end(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", SWITCH, {"etc/newinit": "#!/bin/sh\n/bin/busybox poweroff -f\n"})
+    done = boot(one, tree, "--then", "exec /bin/busybox sleep 1000", policy=None)
+    assert done.status == 3
+    assert "was not run to its end" in done.errors
+
+
+def test_a_command_without_a_new_root(one: Runner) -> None:
+    done = boot(one, build_tree(one.place / "tree", "poweroff -f\n"), "--then", "true")
+    assert done.status == 3
+    assert "was not run to its end" in done.errors
+    assert boot(one, one.place / "tree", "--then", "true", "--until", "switch-root").status == 2
+
+
+# -- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def on_terminal(emu: Runner, tree: Path, typed: bytes, until: bytes) -> tuple[int, bytes]:
+    """Boot on a terminal, type something when ``ready`` is there; return the status and what was on the screen."""
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    with emu.start("boot", str(tree), stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        screen = b""
+        while b"ready" not in screen:
+            screen += os.read(ours, 1000)
+        os.write(ours, typed)
+        while until not in screen:
+            screen += os.read(ours, 1000)
+        status = process.wait(LIMIT)
+    assert termios.tcgetattr(theirs) == before
+    os.close(theirs)
+    os.close(ours)
+    return status, screen
+
+
+def test_a_terminal_is_a_serial_console(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", "echo ready; read line; echo got $line; stty size; poweroff -f\n")
+    status, screen = on_terminal(one, tree, b"some words\r", b"result: ")
+    assert status == 0
+    # What is typed is echoed once, by the machine's own terminal.
+    assert screen.count(b"some words") == 2
+    assert b"got some words\r\n" in screen
+
+
+def test_a_person_can_end_the_rehearsal(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", "trap '' INT; echo ready; sleep 1000\n")
+    status, _ = on_terminal(one, tree, b"\x03\x1d", b"ready")
+    assert status == 130
 
 
 # -- how it ends ------------------------------------------------------------------------------------------------------
