@@ -41,6 +41,7 @@ from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
+from ipe_securityfs import node_directory
 from ipe_securityfs.beside import OpenFiles
 from ipe_securityfs.clients import (
     WITHOUT_CAPABILITY,
@@ -58,8 +59,8 @@ from ipe_securityfs.clients import (
 )
 from ipe_securityfs.policy_file import PolicyFileReader
 from ipe_securityfs.position import FilePosition
-from ipe_securityfs.subtrees import DiskFile, ImageFile, TextFile
-from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Tree
+from ipe_securityfs.subtrees import DiskFile, ImageFile, NodeDirectory, SymbolicLink, TextFile
+from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Owner, Tree
 
 Arguments = TypeVarTuple("Arguments")
 Value = TypeVar("Value")
@@ -267,7 +268,21 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        raise _refused(errno.EPERM, "nothing can be made here", "vfs_symlink")
+        parent = self._node(parent_inode)
+        if not isinstance(parent, NodeDirectory):
+            raise _refused(errno.EPERM, "nothing can be made here", "vfs_symlink")
+        try:
+            link = node_directory.symlink(self._tree, parent, name, target, Owner(ctx.uid, ctx.gid))
+        except KernelError as error:
+            raise _as_fuse(error, parent) from None
+        link.lookups += 1
+        return self._entry(link)
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        node = self._node(inode)
+        if not isinstance(node, SymbolicLink):
+            raise FUSEError(errno.EINVAL)
+        return FileNameT(node.target)
 
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
@@ -283,10 +298,22 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        raise _refused(errno.EPERM, "nothing can be renamed here", "vfs_rename")
+        parent = self._node(parent_inode_old)
+        if not isinstance(parent, NodeDirectory) or parent_inode_new != parent_inode_old:
+            raise _refused(errno.EPERM, "nothing can be renamed here", "vfs_rename")
+        try:
+            node_directory.rename(self._tree, parent, name_old, name_new, flags)
+        except KernelError as error:
+            raise _as_fuse(error, parent) from None
 
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        raise _refused(errno.EPERM, "nodes go with their policy: write 1 to its delete node", "vfs_unlink")
+        parent = self._node(parent_inode)
+        if not isinstance(parent, NodeDirectory):
+            raise _refused(errno.EPERM, "nodes go with their policy: write 1 to its delete node", "vfs_unlink")
+        try:
+            node_directory.unlink(self._tree, parent, name)
+        except KernelError as error:
+            raise _as_fuse(error, parent) from None
 
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         if self._removing.pop(ctx.pid, None) is None:

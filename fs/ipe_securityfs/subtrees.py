@@ -5,18 +5,18 @@ clones of single directories and files are mounted where a rehearsed tree can se
 """
 
 import stat
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 from attrs import define
 
-from ipe_securityfs.tree import Attributes, Directory, Node, Tree
+from ipe_securityfs.tree import Attributes, Directory, Node, Owner, Tree
 
 #: The names of the directories in the file system's root.
 IMAGES = b"images"
 DEVICES = b"devices"
 TEXTS = b"texts"
+MAPPER = b"mapper"
 
 
 class Content(Protocol):
@@ -72,6 +72,21 @@ class TextFile(Node):
     text: Callable[[], bytes]
 
 
+@define(eq=False)
+class SymbolicLink(Node):
+    """A symbolic link in a `NodeDirectory`."""
+
+    target: bytes
+
+
+@define(eq=False)
+class NodeDirectory(Directory):
+    """A directory of device nodes and links to them in which names can be removed and changed, as in a devtmpfs.
+
+    mknod(2) does not get here: the kernel refuses it in a user namespace. For who traps it there is ``add_device``.
+    """
+
+
 class Subtrees:
     """Puts nodes beside the securityfs of a tree that was made with ``beside_others``; from any thread."""
 
@@ -80,10 +95,13 @@ class Subtrees:
         self.images = self._directory(IMAGES, 0o700)
         self.devices = self._directory(DEVICES, 0o755)
         self.texts = self._directory(TEXTS, 0o755)
+        #: What /dev/mapper is: mounted as a whole, because programs take a mount on a name in it for one *of* a device.
+        self.mapper = NodeDirectory(tree.new_ino(), self._tree.attributes(stat.S_IFDIR | 0o755), tree.top, MAPPER)
+        tree.add(self.mapper)
 
     def add_image(self, name: bytes, content: Content) -> ImageFile:
         """Serve an image as ``images/NAME``. FileExistsError if there is one of that name."""
-        attributes = _attributes(stat.S_IFREG | 0o400)
+        attributes = self._tree.attributes(stat.S_IFREG | 0o400)
         attributes.size = content.size
         image = ImageFile(self._tree.new_ino(), attributes, self.images, name, content)
         image.permanent = image.constant = True
@@ -92,18 +110,29 @@ class Subtrees:
 
     def add_disk(self, name: bytes, disk: Disk) -> DiskFile:
         """Serve a disk as ``images/NAME``. FileExistsError if there is one of that name."""
-        node = DiskFile(self._tree.new_ino(), _attributes(stat.S_IFREG | 0o600), self.images, name, disk)
+        node = DiskFile(self._tree.new_ino(), self._tree.attributes(stat.S_IFREG | 0o600), self.images, name, disk)
         self._tree.add(node)
         return node
 
-    def add_device(self, name: bytes, mode: int, number: int) -> DeviceNode:
+    def add_device(
+        self,
+        name: bytes,
+        mode: int,
+        number: int,
+        *,
+        owner: Owner | None = None,
+        directory: NodeDirectory | None = None,
+    ) -> DeviceNode:
         """Serve a node as ``devices/NAME``: ``mode`` with its type (S_IFBLK, S_IFCHR), ``number`` as os.makedev().
 
-        It can be given another mode and owner, as in a devtmpfs. FileExistsError if there is one of that name.
+        Or in another ``directory``. It can be given another mode and owner, as in a devtmpfs; at first it is the
+        tree's, or ``owner``'s. FileExistsError if there is one of that name.
         """
-        attributes = _attributes(mode)
+        attributes = self._tree.attributes(mode)
+        if owner is not None:
+            attributes.uid, attributes.gid = owner.uid, owner.gid
         attributes.rdev = number
-        node = DeviceNode(self._tree.new_ino(), attributes, self.devices, name)
+        node = DeviceNode(self._tree.new_ino(), attributes, directory or self.devices, name)
         self._tree.add(node)
         return node
 
@@ -119,12 +148,7 @@ class Subtrees:
         self._tree.remove(node)
 
     def _directory(self, name: bytes, mode: int) -> Directory:
-        directory = Directory(self._tree.new_ino(), _attributes(stat.S_IFDIR | mode), self._tree.top, name)
+        directory = Directory(self._tree.new_ino(), self._tree.attributes(stat.S_IFDIR | mode), self._tree.top, name)
         directory.permanent = True
         self._tree.add(directory)
         return directory
-
-
-def _attributes(mode: int) -> Attributes:
-    now = time.time_ns()
-    return Attributes(mode, 0, 0, 0, now, now, now)

@@ -196,6 +196,19 @@ class Tree:
             parent.children = {name: child for name, child in parent.children.items() if child is not node}
         self._let_go(node)
 
+    def rename(self, node: Node, name: bytes) -> Node | None:
+        """Give such a node another name in its directory; return what had that name before, which is removed."""
+        parent = node.parent
+        assert parent is not None  # noqa: S101 - as in ``add``
+        with self._change:
+            before = parent.children.get(name)
+            others = {key: child for key, child in parent.children.items() if child not in (node, before)}
+            parent.children = {**others, name: node}
+            node.name = name
+        if before is not None and before is not node:
+            self._let_go(before)
+        return before
+
     def _let_go(self, node: Node) -> None:
         node.removed = True
         if node.lookups <= 0:

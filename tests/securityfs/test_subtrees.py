@@ -56,7 +56,7 @@ def refusal(number: int) -> "pytest.RaisesExc[OSError]":
 
 
 def test_the_securityfs_is_one_directory(beside: Beside) -> None:
-    assert sorted(path.name for path in beside.place.iterdir()) == ["devices", "images", "security", "texts"]
+    assert sorted(path.name for path in beside.place.iterdir()) == ["devices", "images", "mapper", "security", "texts"]
     assert sorted(path.name for path in (beside.place / "security").iterdir()) == ["ipe", "lsm"]
     assert (beside.place / "security/ipe/enforce").read_bytes() == b"1"
     (beside.place / "security/ipe/enforce").write_bytes(b"0")
