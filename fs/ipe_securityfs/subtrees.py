@@ -10,7 +10,7 @@ from typing import Protocol
 
 from attrs import define
 
-from ipe_securityfs.tree import Attributes, Directory, Node, Owner, Tree
+from ipe_securityfs.tree import Directory, Node, Owner, Tree
 
 #: The names of the directories in the file system's root.
 IMAGES = b"images"

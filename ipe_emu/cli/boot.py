@@ -49,6 +49,13 @@ ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd
         metavar="COMMAND",
         help="when the init process executes one of another root, run this there too, by a shell; its end is the end",
     )
+    parser.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="vda=IMAGE[,serial=TEXT][,ro|,write]",
+        help="a virtio disk, repeatable; what is written to it is forgotten at the end, unless it says write",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON, with every event")
     parser.add_argument(
         "--html", metavar="FILE", help="write the report as one HTML page, with the timeline as a picture"
@@ -63,17 +70,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--then and --until switch-root: there the rehearsal ends before anything runs")
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
+    from ipe_emu.rehearse.block.device import BlockDevices
+    from ipe_emu.rehearse.block.disk import Disk, attach
     from ipe_emu.rehearse.boot import BootOptions, boot
     from ipe_emu.rehearse.events import NotJudged, Timeline
     from ipe_emu.rehearse.image import open_image, unpack
     from ipe_emu.rehearse.report import summarise
     from ipe_emu.rehearse.watch import WatchedIpe
 
+    devices = BlockDevices()
+    disks = [Disk.parse(text) for text in args.disk]
+    attach(disks, devices)
     reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
     with open_image([args.image], profile) as image:
         options = BootOptions(
+            profile=profile,
+            devices=devices,
             make_ipe=lambda timeline: boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit),
             unpack=functools.partial(unpack, image.members),
             cmdline=os.fsencode(args.cmdline or image.cmdline or ""),

@@ -77,6 +77,11 @@ class Status:
         """The supplementary groups."""
         return tuple(map(int, self._line(b"\nGroups:\t").split()))
 
+    @property
+    def umask(self) -> int:
+        """The file mode creation mask."""
+        return int(self._line(b"\nUmask:\t"), 8)
+
     def capable(self, capability: int) -> bool:
         """Whether a capability is in the effective set (of the thread's own user namespace)."""
         return bool(int(self._line(b"\nCapEff:\t"), 16) >> capability & 1)

@@ -19,7 +19,7 @@ from ipe_emu.exec_hook.mount_plan import SecurityFs
 from ipe_emu.linux import mounts, namespaces, process
 from ipe_emu.linux.mounts import Attribute, Propagation
 from ipe_emu.linux.namespaces import Namespace
-from ipe_emu.rehearse import keeper
+from ipe_emu.rehearse import furnishing, keeper
 from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.staging import COMPOSED, DIRECTORIES, SESSION, STAGING
 
@@ -94,6 +94,8 @@ class _Server:
             "copy": self.copy,
             "detach": self.detach,
             "node": self.node,
+            "uncover": self.uncover,
+            "furnish": self.furnish,
         }
         while (message := self.requests.receive()) is not None:
             try:
@@ -184,6 +186,16 @@ class _Server:
                     os.close(target)
 
         self._with_copy(Path(values["source"]), False, attach_there)
+
+    def uncover(self, values: dict[str, Any], fds: list[int]) -> None:
+        """Unmount, in the namespace ``fds[0]``, what is mounted on a name in the directory ``fds[1]``."""
+        with self._in(fds[0]):
+            os.fchdir(fds[1])
+            mounts.detach(os.fsencode(values["name"]))
+
+    def furnish(self, values: dict[str, Any], _fds: list[int]) -> None:
+        """Make what devices have in the staged devtmpfs or sysfs."""
+        furnishing.furnish(Path(values["root"]), values["steps"], self._as_machine_root)
 
     def _with_copy(self, source: Path, recursive: bool, use: Callable[[int], None]) -> None:
         tree = mounts.clone(source, recursive=recursive)

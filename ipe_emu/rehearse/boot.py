@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -19,6 +19,7 @@ from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.execve import plan_execve, read_path
 from ipe_emu.exec_hook.footing import Kind
+from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
@@ -31,10 +32,14 @@ from ipe_emu.linux import openat2, process, procfs
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
+from ipe_emu.profiles import Profile
 from ipe_emu.rehearse import agent as agent_process
 from ipe_emu.rehearse import events
+from ipe_emu.rehearse.block.device import BlockDevices
+from ipe_emu.rehearse.block.probe import Probed
 from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.console import Console
+from ipe_emu.rehearse.disks import TEXT_FILES, Disks
 from ipe_emu.rehearse.events import Timeline
 from ipe_emu.rehearse.facts import SuperblockFacts
 from ipe_emu.rehearse.image import Unpacked
@@ -68,11 +73,6 @@ _WITH_DEVPTS: Final = 4
 _LEVEL: Final = re.compile(r"^<\d+>")
 #: Devices of this machine that every program may use.
 _SHARED_DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
-#: By number, what stands for a device node of the image.
-_KNOWN_NODES: Final = {
-    (1, 3): "null", (1, 5): "zero", (1, 7): "full", (1, 8): "random", (1, 9): "urandom", (1, 11): "kmsg",
-    (5, 0): "tty", (5, 1): "console",
-}  # fmt: skip
 
 
 @frozen
@@ -83,9 +83,11 @@ class BootOptions:
     directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
-    ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is.
+    ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is. ``devices`` are
+    the disks, ``probed`` what is on them if the image has udev; ``require_signatures`` is dm-verity's parameter.
     """
 
+    profile: Profile
     make_ipe: Callable[[Timeline], WatchedIpe]
     unpack: Callable[[int], Unpacked]
     cmdline: bytes
@@ -93,6 +95,9 @@ class BootOptions:
     stop_at_switch_root: bool = False
     then: str | None = None
     unshiftable: str | None = None
+    devices: BlockDevices = field(factory=BlockDevices)
+    probed: Mapping[str, Probed] | None = None
+    require_signatures: bool = False
 
 
 def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -> WatchedIpe:
@@ -148,6 +153,8 @@ class _Rehearsal:
     superblocks: Superblocks = field(factory=Superblocks, init=False)
     facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
     mounting: Mounting = field(init=False)
+    disks: Disks = field(init=False)
+    keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
     orders: Channel = field(init=False)
     _ipe: WatchedIpe = field(init=False)
@@ -166,11 +173,27 @@ class _Rehearsal:
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
         self.mounting = Mounting(self.agent, self.timeline, EVERY_MACHINE_HAS)
+        self.disks = Disks(
+            self.options.devices,
+            self.options.profile,
+            self.keyctl.session_keys,
+            lambda: self._ipe.keyrings,
+            self.agent,
+            self,
+            self.options.probed,
+            self.options.require_signatures,
+        )
 
     @property
     def traps(self) -> Sequence[Trap]:
         """Every system call that is answered here beside those that the exec hook judges."""
-        return (*self.mounting.traps, *self.power.traps, Trap("execve", self._plan_execve))
+        return (
+            *self.mounting.traps,
+            *self.power.traps,
+            *self.disks.traps,
+            *self.keyctl.traps,
+            Trap("execve", self._plan_execve),
+        )
 
     def run(self, sandbox: Sandbox) -> WatchedIpe:
         """Prepare the machine, start it, and wait for its end."""
@@ -179,6 +202,7 @@ class _Rehearsal:
         server.start()
         try:
             self._ipe = ipe = self.options.make_ipe(self.timeline)
+            self.keyctl.begin(ipe, self.root)
             fuse = sandbox.expect("fuse")
             self._init = sandbox.expect("init").fds[0]
             self._init_pid = process.pid_of(self._init)
@@ -192,6 +216,8 @@ class _Rehearsal:
                 functools.partial(_session, self, ipe, (fuse.fds[0], fuse.fds[1]), user_namespace, device),
             )
             self._stage(machine, device)
+            self.disks.devtmpfs = self.mounting.devices[DEVTMPFS]
+            self.disks.furnish()
             self._serve_nodes(machine)
             exec_hook = hook.ExecHook(
                 ipe,
@@ -271,7 +297,7 @@ class _Rehearsal:
             self.agent.bind(Path("/dev") / name, DEVTMPFS / name)
         self.agent.bind(self.console.console.path, DEVTMPFS / "console")
         self.agent.bind(self.console.kmsg.path, DEVTMPFS / "kmsg")
-        self.mounting.proc_parts += [(TEXTS / name, name) for name in ("cmdline", "filesystems")]
+        self.mounting.proc_parts += [(TEXTS / name, name) for name in ("cmdline", "filesystems", "keys", *TEXT_FILES)]
         if Path("/proc/sysrq-trigger").exists():
             self.mounting.proc_parts.append((self.console.sysrq.path, "sysrq-trigger"))
         if self.shielded:
@@ -282,12 +308,12 @@ class _Rehearsal:
         """Have the device nodes of the image lead to what stands for them."""
         root = os.open(f"/proc/{self._init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for paths, number in machine.values["nodes"]:
-                name = _KNOWN_NODES.get(tuple(number))
-                for path in paths if name else ():
+            for paths, mode, number in machine.values["nodes"]:
+                source = self.disks.stands_for(mode, number)
+                for path in paths:
                     target = openat2.open_path(root, os.fsencode(path), openat2.RESOLVE_IN_ROOT)
                     try:
-                        self.agent.attach(self._init_pid, target, DEVTMPFS / str(name))
+                        self.agent.attach(self._init_pid, target, source)
                     finally:
                         os.close(target)
         finally:
@@ -376,6 +402,14 @@ class _Rehearsal:
         self._ended = True
         process.send_signal(self._init, signal.SIGKILL)
 
+    def log(self, text: str) -> None:
+        """Note a line of the kernel's log."""
+        self._log(text)
+
+    def restart(self, means: str) -> None:
+        """The kernel restarts the machine by itself."""
+        self._end("restarted", means, None)
+
     def _log(self, text: str) -> None:
         self.timeline.add(events.Message(self.timeline.now, None, text))
 
@@ -435,5 +469,7 @@ def _session(
     session = Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner, beside_others=True)
     if session.subtrees is not None:
         session.subtrees.add_text(b"cmdline", lambda: rehearsal.options.cmdline + b"\n")
+        session.subtrees.add_text(b"keys", rehearsal.keyctl.proc_keys)
+        rehearsal.disks.serve(session.subtrees, root, device)
         session.subtrees.add_text(b"filesystems", lambda: "".join(FILE_SYSTEMS).encode())
     return session

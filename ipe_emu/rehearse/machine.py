@@ -107,7 +107,9 @@ def _described(unpacked: Unpacked) -> Mapping[str, object]:
         "user_namespace": procfs.namespace("self", "user"),
         "mount": root.id,
         "device": root.device,
-        "nodes": [[[*map(os.fsdecode, node.paths)], [node.major, node.minor]] for node in unpacked.nodes],
+        "nodes": [
+            [[*map(os.fsdecode, node.paths)], node.mode, os.makedev(node.major, node.minor)] for node in unpacked.nodes
+        ],
         "image": {
             "entries": unpacked.entries,
             "size": unpacked.size,

@@ -25,7 +25,7 @@ from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.rehearse.events import Mounted, NotJudged, Timeline
 from ipe_emu.rehearse.requests import Agent
-from ipe_emu.rehearse.staging import CGROUP2, DEVTMPFS, EMPTY, PROC, SECURITYFS, SYSFS
+from ipe_emu.rehearse.staging import CGROUP2, DEVTMPFS, EMPTY, MAPPER_ROOT, PROC, SECURITYFS, SYSFS
 
 CAP_SYS_ADMIN: Final = 21
 _MS_REMOUNT: Final = 0x20
@@ -229,9 +229,10 @@ class Mounting:
         ours = {mount_id}
         for mount in mounts.mounts(caller.tracee.pid):
             if mount.parent == mount_id:
-                if stat.S_ISDIR(os.lstat(root + mount.path).st_mode):
+                is_mapper = (mount.device, mount.root) == (self.devices[SECURITYFS], MAPPER_ROOT)
+                if not is_mapper and stat.S_ISDIR(os.lstat(root + mount.path).st_mode):
                     return True
-                ours.add(mount.id)  # a device, or a text
+                ours.add(mount.id)  # a device, a text, or /dev/mapper
         namespace = procfs.namespace(caller.tracee.pid, "mnt")
         return any(procfs.uses_mounts(pid, ours) for pid in procfs.processes() if _namespace_of(pid) == namespace)
 

@@ -62,6 +62,14 @@ class Agent:
         """Make a name in a directory and mount a copy of a staged file on it: as mknod(2), where that cannot be."""
         self._ask_in(pid, "node", {"name": os.fsdecode(name), "source": str(source)}, [directory])
 
+    def uncover(self, pid: int, directory: int, name: bytes) -> None:
+        """Unmount what `node` mounted on a name in a directory, whoever uses it."""
+        self._ask_in(pid, "uncover", {"name": os.fsdecode(name)}, [directory])
+
+    def furnish(self, root: Path, steps: Sequence[Sequence[object]]) -> None:
+        """Make directories, files, links and nodes below a staged directory; see `furnishing`."""
+        self._ask("furnish", {"root": str(root), "steps": steps})
+
     def device(self, name: str, source: Path) -> None:
         """Mount a copy of a staged file, or one of this machine, on a name that the devtmpfs has."""
         self.bind(source, DEVTMPFS / name)

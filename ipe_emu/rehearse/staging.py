@@ -10,6 +10,9 @@ SESSION: Final = STAGING / "session"
 SECURITYFS: Final = SESSION / "security"
 TEXTS: Final = SESSION / "texts"
 DEVICE_NODES: Final = SESSION / "devices"
+#: What /dev/mapper is, and how mountinfo names it as the root of a mount.
+MAPPER: Final = SESSION / "mapper"
+MAPPER_ROOT: Final = b"/mapper"
 #: What stands for the machine's file systems of these types.
 DEVTMPFS: Final = STAGING / "devtmpfs"
 SYSFS: Final = STAGING / "sysfs"

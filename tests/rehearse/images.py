@@ -1,5 +1,6 @@
 """Initramfs trees for tests, made of a static busybox and scripts; and what a boot of one left behind."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -65,6 +66,21 @@ def build_tree(root: Path, init: str, files: Mapping[str, str | bytes] | None = 
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         path.chmod(mode if name == "init" else 0o755)
     return root
+
+
+def add_programs(tree: Path, *names: str) -> None:
+    """Copy programs of this machine into a tree, with the libraries that they are linked with."""
+    for name in names:
+        program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        assert program, f"{name} is missing"
+        (tree / "usr/sbin").mkdir(parents=True, exist_ok=True)
+        shutil.copy(program, tree / "usr/sbin" / name)
+        listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=20).stdout
+        for library in filter(lambda word: word.startswith("/"), listing.split()):
+            target = tree / library.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, target)
+            target.chmod(0o755)
 
 
 def boot(emu: Runner, tree: Path, *options: str, policy: str | None = BOOT_POLICY, cmdline: str = "") -> Booted:

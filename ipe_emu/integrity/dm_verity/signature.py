@@ -17,10 +17,21 @@ def verify_root_hash(
     *,
     unavailable_hashes: frozenset[str] = frozenset(),
 ) -> None:
-    """Raise KernelError unless a trusted key has signed the root hash (``verity_verify_root_hash``).
+    """Raise KernelError unless a trusted key has signed the root hash; see `verify_root_hash_text`."""
+    verify_root_hash_text(root_hash.hex().encode(), signature, keyrings, unavailable_hashes=unavailable_hashes)
 
-    The keyring ``.dm-verity`` is asked after all others. For the errors see ``verify_pkcs7_signature``; of a signature
-    no key can carry, EINVAL.
+
+def verify_root_hash_text(
+    text: bytes,
+    signature: bytes,
+    keyrings: Keyrings,
+    *,
+    unavailable_hashes: frozenset[str] = frozenset(),
+) -> None:
+    """Raise KernelError unless a trusted key has signed a root hash as a table has it (``verity_verify_root_hash``).
+
+    In capitals it is another text. The keyring ``.dm-verity`` is asked after all others. For the errors see
+    ``verify_pkcs7_signature``; of a signature no key can carry, EINVAL.
     """
     if not 0 < len(signature) <= MAX_SIGNATURE_SIZE:
         raise KernelError(
@@ -28,13 +39,12 @@ def verify_root_hash(
             f"the signature has {len(signature)} bytes; a key carries from 1 to {MAX_SIGNATURE_SIZE}",
             "user_preparse",
         )
-    content = root_hash.hex().encode()
     try:
         trusted = keyrings.for_root_hashes()
-        verify_pkcs7_signature(signature, trusted, content=content, unavailable_hashes=unavailable_hashes)
+        verify_pkcs7_signature(signature, trusted, content=text, unavailable_hashes=unavailable_hashes)
     except KernelError as error:
         # An empty keyring is not asked, so that kernels without such keys answer as those without such a keyring.
         if not keyrings.dm_verity or error.errno not in {errno.ENOKEY, errno.EKEYREJECTED}:
             raise
         own = keyrings.alone(keyrings.dm_verity)
-        verify_pkcs7_signature(signature, own, content=content, unavailable_hashes=unavailable_hashes)
+        verify_pkcs7_signature(signature, own, content=text, unavailable_hashes=unavailable_hashes)

@@ -39,6 +39,7 @@ class BlockDevice:
     block_size: int = SECTOR
     facts: Facts = NO_FACTS
     openers: int = 0
+    sequence: int = 0
     #: BLKROSET, or a mapped device's own state.
     forced_read_only: bool = False
 
@@ -83,6 +84,7 @@ class BlockDevices:
     _holders: dict[int, list[object]] = field(factory=dict, init=False)
     _disks: int = field(default=0, init=False)
     _extended: int = field(default=0, init=False)
+    _sequence: int = field(default=0, init=False)
     _lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
 
     def __iter__(self) -> Iterator[BlockDevice]:
@@ -108,6 +110,9 @@ class BlockDevices:
         with self._lock:
             if device.number in self._devices:
                 raise ValueError(f"there are two devices {device.shown}")
+            if device.whole is None:
+                self._sequence += 1
+                device.sequence = self._sequence
             self._devices[device.number] = device
 
     def remove(self, device: BlockDevice) -> None:
