@@ -11,7 +11,7 @@ from attrs import frozen
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.exec_hook.caller import Caller, Machine
-from ipe_emu.exec_hook.copying import plan_copy
+from ipe_emu.exec_hook.copying import COPIES, plan_copy
 from ipe_emu.exec_hook.execve import plan_execve, plan_execveat
 from ipe_emu.exec_hook.kexec import plan_kexec_file_load, plan_kexec_load
 from ipe_emu.exec_hook.mmap import PROT_EXEC, plan_mmap
@@ -64,8 +64,6 @@ _WITH_SECURITYFS: Final = (
     Rule("splice", Action.NOTIFY),
     Rule("copy_file_range", Action.NOTIFY),
 )
-# Which arguments of these are the two descriptors.
-_COPIES: Final = {"sendfile": (0, 1), "splice": (0, 2), "copy_file_range": (0, 2)}
 
 _REFUSED: Final = {
     "shmat": "shared memory mapped with SHM_EXEC",
@@ -176,8 +174,8 @@ class ExecHook:
             "fsopen": plan_fsopen,
         }
         if securityfs is not None:
-            for name, which in _COPIES.items():
-                handlers[name] = functools.partial(plan_copy, which=which, securityfs=securityfs)
+            for copy in COPIES:
+                handlers[copy.name] = functools.partial(plan_copy, copy=copy, securityfs=securityfs)
         of_call: dict[str, list[Handler]] = {}
         for trap in traps:
             of_call.setdefault(trap.syscall, []).append(trap.handler)

@@ -42,7 +42,7 @@ FILES = """
     Path("/t/node").write_bytes(b"content")
     result = 0
 """
-EINVAL, EBADF, OK = {"error": "EINVAL"}, {"error": "EBADF"}, {"ok": 0}
+EINVAL, EBADF, EXDEV, EISDIR, OK = *({"error": e} for e in ("EINVAL", "EBADF", "EXDEV", "EISDIR")), {"ok": 0}
 
 
 @pytest.fixture
@@ -57,12 +57,52 @@ def inside(tree: Path, tmp_path: Path) -> Iterator[Rehearsal]:
 
 def test_copying_from_a_node(inside: Rehearsal) -> None:
     result = inside.run(COPY, origin="/t/node", target="/run/to")
-    assert result == [EINVAL, EINVAL, OK, EINVAL, EBADF, EBADF]
+    assert result == [EINVAL, EINVAL, OK, EXDEV, EBADF, EBADF]
 
 
 def test_copying_to_a_node(inside: Rehearsal) -> None:
     result = inside.run(COPY, origin="/run/from", target="/t/node")
-    assert result == [EINVAL, OK, EINVAL, EINVAL, EBADF, EBADF]
+    assert result == [EINVAL, OK, EINVAL, EXDEV, EBADF, EBADF]
+
+
+# What a User-Mode Linux 6.12.118 and 7.3.4 answered; from and to are the open(2) of each.
+NODE, FILE = "'/t/node', ", "'/run/from', "
+COPYING = {
+    "node to node": (f"{NODE} 0", f"{NODE} 1", EINVAL, EINVAL, 0),
+    "node to what is not open for writing": (f"{NODE} 0", f"{FILE} 0", EBADF, EBADF, EBADF),
+    "what is not open for reading": (f"{NODE} 1", f"{FILE} 1", EBADF, EBADF, EBADF),
+    "to a node not open for writing": (f"{FILE} 0", f"{NODE} 0", EBADF, EBADF, EBADF),
+    "to append to a node": (f"{FILE} 0", f"{NODE} os.O_WRONLY | os.O_APPEND", EINVAL, EINVAL, EBADF),
+    "node to append": (f"{NODE} os.O_RDWR", f"{FILE} os.O_WRONLY | os.O_APPEND", EINVAL, EINVAL, EBADF),
+    "node to a directory": (f"{NODE} 0", "'/run', 0", EBADF, EBADF, EISDIR),
+    "a directory to a node": ("'/run', 0", f"{NODE} 1", EINVAL, EINVAL, EISDIR),
+    "node to a device": (f"{NODE} 0", "'/dev/null', 1", EINVAL, EINVAL, EINVAL),
+    "an empty file to a node": ("'/run/to', 0", f"{NODE} 1", 0, EINVAL, EXDEV),
+    "to a node that can be read too": (f"{FILE} 0", f"{NODE} os.O_RDWR", EINVAL, EINVAL, EXDEV),
+    "a node by its path alone": (f"{NODE} os.O_PATH", f"{FILE} 1", EBADF, EBADF, EBADF),
+}
+
+
+@pytest.mark.parametrize("case", COPYING)
+def test_copying_as_the_kernel_does(inside: Rehearsal, case: str) -> None:
+    source, target, *expected = COPYING[case]
+    code = f"""
+        Path("/t/node").write_bytes(b"")
+        def returned(function):
+            try:
+                return function()
+            except OSError as error:
+                return {{"error": errno_name(error.errno)}}
+        source, target = os.open({source}), os.open({target})
+        result = [
+            returned(lambda: os.sendfile(target, source, None, 10)),
+            returned(lambda: os.splice(source, target, 10)),
+            returned(lambda: os.copy_file_range(source, target, 10)),
+        ]
+        for fd in (source, target):
+            os.close(fd)
+    """
+    assert inside.run(code) == expected
 
 
 def test_copying_elsewhere(inside: Rehearsal) -> None:
