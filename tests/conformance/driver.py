@@ -142,6 +142,8 @@ class Driver(Actor):
             return {"ok": os.pwrite(fd, base64.b64decode(step["data"]), step["offset"])}
         if name == "fd_pread":
             return encoded(os.pread(fd, step["length"], step["offset"]))
+        if name == "fd_writev":
+            return {"ok": os.writev(fd, [base64.b64decode(data) for data in step["writes"]])}
         if name == "fd_list":
             return {"names": sorted(os.listdir(fd))}
         if name == "fd_sync":
@@ -167,6 +169,26 @@ class Driver(Actor):
             "stdout": done.stdout.decode("latin-1"),
             "stderr": done.stderr.decode("latin-1"),
         }
+
+    def do_carry(self, step: Step) -> Any:
+        """Copy between a node and a file, or a pipe for splice(2), without the process's memory."""
+        Path(SCRATCH, "f").write_bytes(base64.b64decode(step["files"]["f"]))
+        opened = [os.open(self.path(step), os.O_WRONLY if step["into"] else os.O_RDONLY)]
+        try:
+            if step["call"] == "splice":
+                opened += os.pipe()
+                os.write(opened[2], b"1")
+                other = opened[1] if step["into"] else opened[2]
+            else:
+                opened.append(os.open(f"{SCRATCH}/f", os.O_RDWR))
+                other = opened[1]
+            source, target = (other, opened[0]) if step["into"] else (opened[0], other)
+            if step["call"] == "sendfile":
+                return {"ok": os.sendfile(target, source, None, 100)}
+            return {"ok": getattr(os, step["call"])(source, target, 100)}
+        finally:
+            for fd in opened:
+                os.close(fd)
 
     def do_execve(self, step: Step) -> Any:
         return ended(lambda: os.execve(step["file"], step.get("argv", [step["file"]]), {}))

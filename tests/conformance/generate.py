@@ -70,20 +70,47 @@ class Generator:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self._descriptors = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # What is probably there, so that most steps find what they ask for: names of policies, and open descriptors.
+        self._loaded = [PRECIOUS]
+        self._open: list[str] = []
 
     def sequence(self, length: int, *, executing: bool) -> list[Step]:
         """A sequence of ``length`` steps; with ``executing``, programs are run and files mapped as well."""
-        self._descriptors = 0
+        self._begin()
         kinds = [
             (self.load, 16), (self.update, 12), (self.boolean, 12), (self.activate, 12), (self.delete, 5), (self.read,
             14),
-            (self.look, 9), (self.open, 7), (self.use_descriptor, 13), (self.attributes, 5), (self.not_there, 3),
+            (self.look, 9), (self.open, 9), (self.use_descriptor, 15), (self.attributes, 5), (self.not_there, 3),
         ]  # fmt: skip
         if executing:
-            kinds += [(self.shell, 9), (self.execute, 30), (self.map_memory, 12), (self.module, 3), (self.copy, 4)]
+            kinds += [
+                (self.shell, 12), (self.execute, 30), (self.map_memory, 12), (self.module, 3), (self.copy, 4),
+                (self.without_memory, 3),
+            ]  # fmt: skip
         makers, weights = zip(*kinds, strict=True)
-        return [self.random.choices(makers, weights)[0]() for _ in range(length)]
+        start = self._lenient_start() if executing and self.random.random() < 0.5 else []
+        return start + [self.random.choices(makers, weights)[0]() for _ in range(length - len(start))]
+
+    def _lenient_start(self) -> list[Step]:
+        """Activate a policy under which the shells of the host can be executed, and record what is allowed."""
+        body = self.random.choice((
+            "DEFAULT action=ALLOW\n",
+            "DEFAULT action=DENY\nDEFAULT op=EXECUTE action=ALLOW\n",
+            "DEFAULT action=ALLOW\nop=EXECUTE boot_verified=TRUE action=DENY\nop=KMODULE action=DENY\n",
+            "DEFAULT action=DENY\nop=EXECUTE boot_verified=FALSE action=ALLOW\nop=KMODULE action=ALLOW\n",
+        ))  # fmt: skip
+        policy = {"text": "policy_name=Lenient policy_version={base}.0.0\n" + body, "signer": "trusted"}
+        self._loaded.append("Lenient")
+        one = {"literal": "1"}
+        return [
+            {"op": "write", "path": path, "flags": os.O_WRONLY, "payloads": [payload]}
+            for path, payload in (
+                ("ipe/new_policy", policy), ("ipe/policies/Lenient/active", one), ("ipe/success_audit", one)
+            )
+        ]  # fmt: skip
 
     # -- payloads ---------------------------------------------------------------------------------------------------
 
@@ -118,9 +145,8 @@ class Generator:
         return self.random.choice((" ", " ", " ", "  ", "\t")).join(words)
 
     def _body(self) -> str:
-        default = self.random.choice(
-            ("DEFAULT action=DENY",) * 6 + ("DEFAULT action=ALLOW",) * 5 + ("", "DEFAULT action=X")
-        )
+        defaults = ("DEFAULT action=DENY",) * 20 + ("DEFAULT action=ALLOW",) * 20 + ("", "DEFAULT action=X")
+        default = self.random.choice(defaults)
         lines = [default, *(self._rule() for _ in range(self.random.choice((0, 1, 1, 2, 3, 5))))]
         if self.random.random() < 0.1:
             self.random.shuffle(lines)
@@ -167,7 +193,11 @@ class Generator:
             step["as"] = "root without CAP_MAC_ADMIN"
         elif chance < 0.16:
             step["as"] = "uid 1000"
+        elif chance < 0.18:
+            step["as"] = "root in a user namespace of its own"
         elif chance < 0.2:
+            step["as"] = "uid 1000 with capabilities"
+        elif chance < 0.24:
             step["auid"] = self.random.choice((0, 1000, 65533))
         return step
 
@@ -183,7 +213,9 @@ class Generator:
         return self._who({"op": "write", "path": path, "flags": self._flags(), "payloads": payloads})
 
     def _directory(self) -> str:
-        return f"ipe/policies/{self.random.choice((*NAMES, *NAMES, PRECIOUS, 'AllowInitramfs', 'none'))}"
+        if self.random.random() < 0.85:
+            return f"ipe/policies/{self.random.choice(self._loaded)}"
+        return f"ipe/policies/{self.random.choice((*NAMES, 'AllowInitramfs', 'none'))}"
 
     def _node(self) -> str:
         chance = self.random.random()
@@ -198,6 +230,10 @@ class Generator:
         payloads = [self.policy() for _ in range(self.random.choice((1, 1, 1, 1, 2, 3)))]
         if self.random.random() < 0.04:
             payloads.append(self._value())
+        for payload in payloads:
+            name = payload["text"].partition("policy_name=")[2].partition(" ")[0] if "text" in payload else ""
+            if payload.get("signer") == "trusted" and "mutate" not in payload and name in NAMES:
+                self._loaded.append(name)
         return self._write("ipe/new_policy", payloads)
 
     def update(self) -> Step:
@@ -218,7 +254,11 @@ class Generator:
 
     def delete(self) -> Step:
         """Delete a policy."""
-        return self._write(f"{self._directory()}/delete", [self._value()])
+        directory = self._directory()
+        name = directory.rpartition("/")[2]
+        if name != PRECIOUS:
+            self._loaded = [other for other in self._loaded if other != name]
+        return self._write(f"{directory}/delete", [self._value()])
 
     def read(self) -> Step:
         """Read a node to its end, in pieces."""
@@ -244,33 +284,34 @@ class Generator:
 
     def open(self) -> Step:
         """Open a node, to be used later."""
-        self._descriptors += 1
-        flags = self.random.choice((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_DIRECT))
-        return self._who({"op": "fd_open", "fd": str(self._descriptors % 6), "path": self._node(), "flags": flags})
+        name = str(self.random.randrange(6))
+        self._open.append(name)
+        if self.random.random() < 0.08:
+            path = self.random.choice(("ipe", "ipe/policies", self._directory(), self._directory()))
+            return self._who({"op": "fd_open", "fd": name, "path": path, "flags": os.O_RDONLY | os.O_DIRECTORY})
+        flags = self.random.choice((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY, os.O_WRONLY, os.O_WRONLY, os.O_RDWR))
+        if self.random.random() < 0.03:
+            flags |= self.random.choice((os.O_DIRECT, os.O_PATH, os.O_TRUNC))
+        return self._who({"op": "fd_open", "fd": name, "path": self._node(), "flags": flags})
 
     def use_descriptor(self) -> Step:
         """Do something with a descriptor that may be open, whatever became of its node."""
-        operation = self.random.choice(
-            (
-                "fd_read",
-                "fd_read",
-                "fd_write",
-                "fd_write",
-                "fd_write",
-                "fd_pread",
-                "fd_pwrite",
-                "fd_close",
-                "fd_sync",
-                "fd_chmod",
-            )
-        )
-        step: Step = {"op": operation, "fd": str(self.random.randrange(6))}
+        operation = self.random.choice((
+            "fd_read", "fd_read", "fd_read", "fd_write", "fd_write", "fd_write", "fd_write", "fd_pread", "fd_pwrite",
+            "fd_writev", "fd_writev", "fd_list", "fd_close", "fd_sync", "fd_chmod",
+        ))  # fmt: skip
+        name = self.random.choice(self._open) if self._open and self.random.random() < 0.9 else "0"
+        step: Step = {"op": operation, "fd": name}
+        if operation == "fd_close":
+            self._open = [other for other in self._open if other != name]
         if operation in ("fd_read", "fd_pread"):
             step["length"] = self.random.choice((1, 2, 5, 4096))
         if operation in ("fd_pread", "fd_pwrite"):
             step["offset"] = self.random.choice((0, 0, 1, 3, 10**6))
         if operation in ("fd_write", "fd_pwrite"):
             step["payload"] = self._value() if self.random.random() < 0.6 else self.policy()
+        if operation == "fd_writev":
+            step["payloads"] = [self._value() if self.random.random() < 0.7 else self.policy() for _ in range(2)]
         if operation == "fd_chmod":
             step["mode"] = self.random.choice((0o600, 0o644, 0))
         return self._who(step)
@@ -314,7 +355,7 @@ class Generator:
             f"{tool}cat $S/f >> {node}",
             f"printf '%s' \"$({tool}cat $S/f)\" > {node}", f"echo 1 > {node}; echo $?",
             f"printf 1 | {tool}tee -a {node}",
-            f"{tool}cat {node}", f"{tool}cat < {node} | {tool}wc -c", f"{tool}dd if={node} bs=3 2>/dev/null",
+            f"{tool}cat {node}", f"{tool}wc -c < {node}", f"{tool}dd if={node} bs=3 2>/dev/null",
             f"{tool}cp {node} $S/out",
             f"{tool}head -c 4 {node}", f"{tool}grep -c . {node}", f"{tool}ls policies", f"read x < {node}; echo $x",
             f"{tool}stat -c '%a %U %h %F' {node}", f"{tool}touch {node}", f"test -s {node}; echo $?",
@@ -367,6 +408,12 @@ class Generator:
             if "/overlay/" in step["file"]:
                 step["then"] = []  # what mprotect(2) makes executable there is not judged as the kernel does
         return step
+
+    def without_memory(self) -> Step:
+        """Have the kernel itself carry data from or to a node, which securityfs does for nobody."""
+        into = self.random.random() < 0.5
+        call = self.random.choice(("sendfile", "copy_file_range", "splice"))
+        return {"op": "carry", "call": call, "path": self._node(), "into": into, "payload_file": self._value()}
 
     def module(self) -> Step:
         """Load what is no module."""

@@ -32,7 +32,10 @@ $b mkdir /host/mnt/initramfs /host/mnt/batch
 $b mount --bind /t /host/mnt/initramfs
 $b mount -t hostfs -o {work} none /host/mnt/batch
 set +e
-$b chroot /host /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C PYTHONDONTWRITEBYTECODE=1 \\
+# As switch_root does it, but nothing is deleted. Without the move the driver could make no user namespaces.
+cd /host
+$b mount --move . /
+$b chroot . /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C PYTHONDONTWRITEBYTECODE=1 \\
     PYTHONPATH={root}:{root}/fs {python} -m tests.conformance.driver \\
     /mnt/batch/batch.json /mnt/batch/answers.json /sys/kernel/security netlink executing
 $b poweroff -f
