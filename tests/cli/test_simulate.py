@@ -1,11 +1,15 @@
 """policy simulate: what it prints, its exit statuses, and options that contradict each other."""
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run
+from tests.cli.conftest import ENVIRONMENT, PROGRAM, Run
 
 POLICY = """policy_name=Volume policy_version=1.0.0
 DEFAULT action=DENY
@@ -86,6 +90,29 @@ def test_what_cannot_be_judged_is_4(ipe_emu: Run, policy: Path, tree: Path, cont
     else:
         (tree / "script").write_text(content)
     assert ipe_emu("policy", "simulate", "--policy", policy, "--roothash", HASH, "--signed", tree).status == 4
+
+
+@pytest.mark.parametrize("to", ["a pipe", "the terminal"])
+def test_a_bar_on_a_terminal_and_the_result_where_it_belongs(policy: Path, tree: Path, to: str) -> None:
+    terminal, slave = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [*PROGRAM, "policy", "simulate", "--policy", policy, tree],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if to == "a pipe" else slave, stderr=slave,
+            env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "200"},
+        ) as process:  # fmt: skip
+            os.close(slave)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+                while some := os.read(terminal, 65536):
+                    shown += some
+            out = b"" if process.stdout is None else process.stdout.read()
+    finally:
+        os.close(terminal)
+    assert process.returncode == 1
+    assert b"judging" in shown
+    denial = b"/script: denied (EACCES at BPRM_CHECK): DEFAULT action=DENY"
+    assert (denial in shown, denial in out) == (to != "a pipe", to == "a pipe")
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,20 @@ def _scripts(root: Path) -> None:
         _script(root, f"bin/d{depth}", f"#!/bin/d{depth - 1}\n".encode())
 
 
+def _misaligned(program: bytes) -> bytes:
+    """Move the first segment that is loaded by eight bytes: too late for an error, the kernel cannot map it."""
+    changed = bytearray(program)
+    for at in range(64, 64 + 56 * program[56], 56):
+        if changed[at] == 1:  # PT_LOAD
+            changed[at + 16] += 8
+            return bytes(changed)
+    raise AssertionError
+
+
 def _odd_files(made: Compiler, root: Path) -> None:
     dynamic = (root / "bin/dynamic").read_bytes()
     _script(root, "bin/cut", dynamic[:80])
+    _script(root, "bin/misaligned", _misaligned((root / "bin/static").read_bytes()))
     _script(root, "bin/empty", b"")
     _script(root, "bin/new\nline", b"#!/bin/sh\nexit 0\n")
     _script(root, "bin/latin-\xe9".encode("latin-1").decode("utf-8", "surrogateescape"), b"#!/bin/sh\nexit 0\n")

@@ -21,7 +21,9 @@ def counting(what: str) -> Iterator[Callable[[], object]]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Only what goes to the terminal as well is printed above the bar.
+    redirected = sys.stdout.isatty()
+    with Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=redirected) as bar:
         task = bar.add_task(what, total=None)
         yield lambda: bar.advance(task)
 
