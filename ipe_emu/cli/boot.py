@@ -85,15 +85,17 @@ def run(args: argparse.Namespace) -> int:
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
     with open_image([args.image], profile) as image:
+        args.cmdline = args.cmdline or image.cmdline or ""
         options = BootOptions(
             profile=profile,
             devices=devices,
             make_ipe=lambda timeline: boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit),
             unpack=functools.partial(unpack, image.members),
-            cmdline=os.fsencode(args.cmdline or image.cmdline or ""),
+            cmdline=os.fsencode(args.cmdline),
             timeout=args.timeout,
             stop_at_switch_root=args.until == "switch-root",
             then=args.then,
+            release=image.uname,
         )
         refusals: Sequence[UpstreamRefusal] = ()
         try:

@@ -132,8 +132,8 @@ class ExecHook:
 
     ``machine`` and ``pid_depth`` are those of a `Machine`; a sandbox has one pid namespace, below ours. ``securityfs``
     is the device number of the emulated securityfs, None if there is none. ``traps`` are those that ``rules`` was
-    given. Raises NotJudgedError if this process has a personality that the tree would inherit and that makes memory
-    executable unasked.
+    given; ``modules`` are those of the machine, if somebody else wants to see them. Raises NotJudgedError if this
+    process has a personality that the tree would inherit and that makes memory executable unasked.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class ExecHook:
         securityfs: int | None = None,
         traps: Iterable[Trap] = (),
         superblocks: Superblocks = mountinfo.OF_THIS_MACHINE,
+        modules: Modules | None = None,
     ) -> None:
         inherited = syscalls.call("personality", _ASK_PERSONALITY)
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
@@ -156,7 +157,7 @@ class ExecHook:
         self._observer = observer
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts(superblocks)
-        modules = Modules()
+        modules = modules or Modules()
         goes_by = Passing(judge.passes).goes_by
         handlers: dict[str, Handler] = {
             "execve": functools.partial(plan_execve, profile=judge.profile, goes_by=goes_by),

@@ -34,7 +34,11 @@ class Modules:
     """The modules of the rehearsed machine: those that it would have loaded, by name. None is ever loaded."""
 
     def __init__(self) -> None:
-        self._loaded: set[bytes] = set()
+        self._loaded: dict[bytes, int] = {}
+
+    def listing(self) -> bytes:
+        """Return what /proc/modules shows, newest first (``m_show()``): none is in use, and all lie nowhere."""
+        return b"".join(b"%s %d 0 - Live 0x0000000000000000\n" % item for item in reversed([*self._loaded.items()]))
 
     def plan_finit_module(self, caller: Caller, args: tuple[int, ...]) -> Plan:
         """Plan finit_module(fd, parameters, flags): KERNEL_READ of the file.
@@ -77,7 +81,7 @@ class Modules:
             raise KernelError(errno.EFAULT, "the name cannot be read", "delete_module") from None
         if name is None or name not in self._loaded:
             raise KernelError(errno.ENOENT, "no such module was loaded here", "find_module")
-        return Plan(Return(0, then=functools.partial(self._loaded.discard, name)))
+        return Plan(Return(0, then=functools.partial(self._loaded.__delitem__, name)))
 
     def _outcome_of_file(self, content: int, event: Event, *, compressed: bool) -> Answer:
         name = os.fsdecode(event.file.path) if event.file else "?"
@@ -100,7 +104,7 @@ class Modules:
         return Return(
             0,
             f"{shown} was not loaded: a kernel would load it now, or refuse it for its own reasons",
-            then=functools.partial(self._loaded.add, name),
+            then=functools.partial(self._loaded.__setitem__, name, size),
         )
 
 

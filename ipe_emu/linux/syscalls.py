@@ -42,6 +42,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "execve": (59, 221),
     "exit": (60, 93),
     "kill": (62, 129),
+    "uname": (63, 160),
     "ftruncate": (77, 46),
     "truncate": (76, 45),
     "rename": (82, None),

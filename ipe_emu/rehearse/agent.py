@@ -86,12 +86,13 @@ class _Server:
 
     def serve(self) -> None:
         """Answer until nobody is there to ask."""
-        kinds: Mapping[str, Callable[[dict[str, Any], list[int]], None]] = {
+        kinds: Mapping[str, Callable[[dict[str, Any], list[int]], dict[str, Any] | None]] = {
             "stage": self.stage,
             "bind": self.bind,
             "attach": self.attach,
             "compose": self.compose,
             "copy": self.copy,
+            "uname": self.uname,
             "detach": self.detach,
             "node": self.node,
             "uncover": self.uncover,
@@ -99,8 +100,7 @@ class _Server:
         }
         while (message := self.requests.receive()) is not None:
             try:
-                kinds[message.kind](message.values, message.fds)
-                answer: dict[str, Any] = {}
+                answer = kinds[message.kind](message.values, message.fds) or {}
             except OSError as error:
                 answer = {"errno": error.errno, "why": str(error)}
             finally:
@@ -141,6 +141,19 @@ class _Server:
                     mounts.attach(tree, target)
                 finally:
                     os.close(tree)
+
+    def uname(self, _values: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Return the name of the node, and the version, in the UTS namespace ``fds[0]``."""
+        own = os.open("/proc/self/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            namespaces.enter(fds[0], Namespace.UTS)
+            try:
+                found = os.uname()
+            finally:
+                namespaces.enter(own, Namespace.UTS)
+        finally:
+            os.close(own)
+        return {"node": found.nodename, "version": found.version}
 
     def copy(self, _values: dict[str, Any], fds: list[int]) -> None:
         """In the namespace ``fds[0]``, mount on ``fds[2]`` what ``fds[1]`` is on, with all that is mounted there."""

@@ -17,9 +17,10 @@ from ipe_emu.event import Subject
 from ipe_emu.exec_hook import footing, hook
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.channel import Channel, Message
-from ipe_emu.exec_hook.execve import plan_execve, read_path
+from ipe_emu.exec_hook.execve import plan_execve, plan_execveat, read_path
 from ipe_emu.exec_hook.footing import Kind
 from ipe_emu.exec_hook.keyctl import Keyctl
+from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
@@ -47,6 +48,7 @@ from ipe_emu.rehearse.init_arguments import InitArguments
 from ipe_emu.rehearse.live import Live
 from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting, Staged
 from ipe_emu.rehearse.power import Power
+from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
 from ipe_emu.rehearse.watch import WatchedIpe
@@ -83,6 +85,7 @@ class BootOptions:
     directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
+    ``release`` is the kernel's, if the image says it.
     ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is. ``devices`` are
     the disks, ``probed`` what is on them if the image has udev; ``require_signatures`` is dm-verity's parameter.
     """
@@ -94,6 +97,7 @@ class BootOptions:
     timeout: float | None = None
     stop_at_switch_root: bool = False
     then: str | None = None
+    release: str | None = None
     unshiftable: str | None = None
     devices: BlockDevices = field(factory=BlockDevices)
     probed: Mapping[str, Probed] | None = None
@@ -153,6 +157,8 @@ class _Rehearsal:
     superblocks: Superblocks = field(factory=Superblocks, init=False)
     facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
     mounting: Mounting = field(init=False)
+    uname: Uname = field(init=False)
+    modules: Modules = field(factory=Modules, init=False)
     disks: Disks = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
@@ -173,6 +179,7 @@ class _Rehearsal:
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
         self.mounting = Mounting(self.agent, self.timeline, EVERY_MACHINE_HAS)
+        self.uname = Uname(self.agent)
         self.disks = Disks(
             self.options.devices,
             self.options.profile,
@@ -192,7 +199,9 @@ class _Rehearsal:
             *self.power.traps,
             *self.disks.traps,
             *self.keyctl.traps,
-            Trap("execve", self._plan_execve),
+            *self.uname.traps,
+            Trap("execve", functools.partial(self._plan_execve, plan_execve, 0)),
+            Trap("execveat", functools.partial(self._plan_execve, plan_execveat, 1)),
         )
 
     def run(self, sandbox: Sandbox) -> WatchedIpe:
@@ -211,6 +220,7 @@ class _Rehearsal:
             user_namespace = machine.values["user_namespace"]
             device = fuse.values["device"]
             self._know_root(machine)
+            self.uname.release = release_of(ipe.profile, self.options.release, machine.values["modules"])
             server.serve_session(
                 fuse.fds[1],
                 functools.partial(_session, self, ipe, (fuse.fds[0], fuse.fds[1]), user_namespace, device),
@@ -228,6 +238,7 @@ class _Rehearsal:
                 securityfs=device,
                 traps=self.traps,
                 superblocks=self.superblocks,
+                modules=self.modules,
             )
             self._answering = Answering(exec_hook)
             notifications = Notifications(self._answering, Listener(sandbox.listener()), self, sandbox.kill)
@@ -298,6 +309,8 @@ class _Rehearsal:
         self.agent.bind(self.console.console.path, DEVTMPFS / "console")
         self.agent.bind(self.console.kmsg.path, DEVTMPFS / "kmsg")
         self.mounting.proc_parts += [(TEXTS / name, name) for name in ("cmdline", "filesystems", "keys", *TEXT_FILES)]
+        if Path("/proc/modules").exists():  # this machine's own, which modprobe would take for loaded
+            self.mounting.proc_parts.append((TEXTS / "modules", "modules"))
         if Path("/proc/sysrq-trigger").exists():
             self.mounting.proc_parts.append((self.console.sysrq.path, "sysrq-trigger"))
         if self.shielded:
@@ -357,8 +370,10 @@ class _Rehearsal:
                 case _:
                     raise NotJudgedError(f"the machine failed: {message.values.get('why', message.kind)}")
 
-    def _plan_execve(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
-        """See the init process execute a program of another root than the first one."""
+    def _plan_execve(
+        self, plan_call: Callable[..., Plan], path: int, caller: Caller, args: tuple[int, ...]
+    ) -> Plan | None:
+        """See the init process execute a program of another root than the first; ``path`` is which argument it is."""
         if self._switched or caller.tracee.pid != self._init_pid:
             return None
         root = caller.tracee.open_root()
@@ -367,10 +382,10 @@ class _Rehearsal:
                 return None
         finally:
             os.close(root)
-        plan = plan_execve(caller, args, self._ipe.profile)
+        plan = plan_call(caller, args, self._ipe.profile)
         if not isinstance(plan.answer, Continue):
             return plan
-        program = os.fsdecode(read_path(caller.tracee, args[0]))
+        program = os.fsdecode(read_path(caller.tracee, args[path]))
         subject = caller.subject
         if self.options.stop_at_switch_root:
             return evolve(plan, answer=Perform(lambda: self._switch_root(program, subject)))
@@ -471,5 +486,6 @@ def _session(
         session.subtrees.add_text(b"cmdline", lambda: rehearsal.options.cmdline + b"\n")
         session.subtrees.add_text(b"keys", rehearsal.keyctl.proc_keys)
         rehearsal.disks.serve(session.subtrees, root, device)
+        session.subtrees.add_text(b"modules", rehearsal.modules.listing)
         session.subtrees.add_text(b"filesystems", lambda: "".join(FILE_SYSTEMS).encode())
     return session

@@ -104,6 +104,7 @@ def _unpack(blueprint: BootBlueprint) -> Unpacked:
 def _described(unpacked: Unpacked) -> Mapping[str, object]:
     root = mounts.mount_at(ROOT)
     return {
+        "modules": _modules(),
         "user_namespace": procfs.namespace("self", "user"),
         "mount": root.id,
         "device": root.device,
@@ -126,6 +127,17 @@ def _some(remarks: Sequence[object]) -> list[str]:
     """Return remarks in words, no more of them than a person would read."""
     more = [f"and {len(remarks) - _MOST_REMARKS} more"] if len(remarks) > _MOST_REMARKS else []
     return [*map(str, remarks[:_MOST_REMARKS]), *more]
+
+
+def _modules() -> list[str]:
+    """Return the releases of the kernels that the image has modules for."""
+    found: set[str] = set()
+    for directory in (ROOT / "lib/modules", ROOT / "usr/lib/modules"):
+        # A link of the image could lead anywhere in this machine.
+        if directory.parent.is_symlink() or directory.is_symlink() or not directory.is_dir():
+            continue
+        found |= {entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink()}
+    return sorted(found)
 
 
 def _devtmpfs() -> int:

@@ -74,14 +74,21 @@ class Agent:
         """Mount a copy of a staged file, or one of this machine, on a name that the devtmpfs has."""
         self.bind(source, DEVTMPFS / name)
 
-    def _ask_in(self, pid: int, kind: str, values: dict[str, Any], fds: Sequence[int]) -> None:
-        namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    def uname(self, pid: int) -> tuple[str, str]:
+        """Return the name of the node that a process is on (nodename), and the version of this machine's kernel."""
+        answer = self._ask_in(pid, "uname", {}, [], kind_of_namespace="uts")
+        return answer["node"], answer["version"]
+
+    def _ask_in(
+        self, pid: int, kind: str, values: dict[str, Any], fds: Sequence[int], *, kind_of_namespace: str = "mnt"
+    ) -> dict[str, Any]:
+        namespace = os.open(f"/proc/{pid}/ns/{kind_of_namespace}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._ask(kind, values, [namespace, *fds])
+            return self._ask(kind, values, [namespace, *fds])
         finally:
             os.close(namespace)
 
-    def _ask(self, kind: str, values: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def _ask(self, kind: str, values: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         with self._lock:
             try:
                 self._requests.send(kind, values, fds)
@@ -92,6 +99,7 @@ class Agent:
             raise NotJudgedError("the agent of the machine is gone")
         if "errno" in answer.values:
             raise KernelError(answer.values["errno"], answer.values["why"])
+        return answer.values
 
     def close(self) -> None:
         """Let the agent end."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.exec_hook.running import LIMIT, Runner, runner
+from tests.exec_hook.test_modules import MODULE
+from tests.exec_hook.tracee_harness import compile_c
 from tests.rehearse.images import BOOT_POLICY, MOUNTS, NEW_ROOT, boot, build_tree
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
@@ -267,6 +269,32 @@ def test_another_init_can_be_asked_for(one: Runner) -> None:
     tree = build_tree(one.place / "tree", "", {"etc/other": "#!/bin/sh\necho other $*\n/bin/poweroff -f\n"})
     done = boot(one, tree, cmdline="lost rdinit=/etc/other kept")
     assert done.output == ["other kept"]
+
+
+def test_the_release_is_that_of_the_image_s_modules(emu: Runner) -> None:
+    script = "hostname here; uname -a; poweroff -f\n"
+    tree = build_tree(emu.place / "tree", script, {"lib/modules/6.99.1-test/modules.dep": ""})
+    done = boot(emu, tree)
+    assert done.output[0].startswith("Linux here 6.99.1-test ")
+    (tree / "usr/lib/modules/6.99.2").mkdir(parents=True)
+    done = boot(emu, tree, "--kernel", "linux-6.12")
+    assert done.output[0].startswith("Linux here 6.12.0 ")
+
+
+def test_a_module_of_the_image_is_judged(one: Runner, tmp_path: Path) -> None:
+    module = compile_c(MODULE, tmp_path / "x.ko", "-c").read_bytes()
+    policy = BOOT_POLICY + "op=KMODULE boot_verified=FALSE action=ALLOW\n"
+    files: dict[str, str | bytes] = {
+        "lib/modules/6.99/kernel/x.ko": module,
+        "lib/modules/6.99/modules.dep": "kernel/x.ko:\n",
+    }
+    tree = build_tree(one.place / "tree", "modprobe x; poweroff -f\n", files)
+    done = boot(one, tree, policy=policy)
+    assert 'path="/lib/modules/6.99/kernel/x.ko" dev="rootfs"' in done.record("ipe_op=KMODULE ipe_hook=KERNEL_READ")
+    assert done.status == 1
+    done = boot(one, tree, policy=BOOT_POLICY + "op=KMODULE boot_verified=TRUE action=ALLOW\n")
+    assert done.status == 0, done.errors
+    assert "x.ko was not loaded" in done.errors
 
 
 def test_permissive_mode_by_the_command_line(one: Runner) -> None:
