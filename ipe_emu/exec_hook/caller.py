@@ -131,6 +131,10 @@ class Caller:
         """Return what IPE knows of the program that the caller runs (``mm->exe_file``)."""
         return self.file(self._keep(self.tracee.open_program()))
 
+    def root(self) -> int:
+        """Return an O_PATH descriptor of the caller's root directory."""
+        return self._keep(self.tracee.open_root())
+
     def cwd(self) -> int:
         """Return an O_PATH descriptor of the caller's working directory."""
         return self._keep(self.tracee.open_cwd())

@@ -211,7 +211,10 @@ class Sealing:
             return None  # EINVAL (build_open_flags())
         if resolve & openat2.RESOLVE_IN_ROOT and _writes(flags):
             return Plan(Refuse("openat2(2) for writing with RESOLVE_IN_ROOT: the file may be sealed"))
-        return self._plan_opening(caller, signed_int(args[0]), args[1], flags)
+        directory = signed_int(args[0])
+        if _writes(flags) and _is_restricted(caller, directory, read_path(caller.tracee, args[1]), resolve):
+            return None  # ELOOP or EXDEV
+        return self._plan_opening(caller, directory, args[1], flags)
 
     def _plan_opening(self, caller: Caller, directory: int, address: int, flags: int) -> Plan | None:
         """Plan an open: EPERM for writing to a sealed file (``__fsverity_file_open()``), or for truncating it."""
@@ -267,6 +270,27 @@ def _writes(flags: int) -> bool:
     if flags & (os.O_PATH | os.O_DIRECTORY) or (flags & os.O_CREAT and flags & os.O_EXCL):
         return False
     return flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR) or bool(flags & os.O_TRUNC)
+
+
+def _is_restricted(caller: Caller, directory: int, path: bytes, resolve: int) -> bool:
+    """Whether openat2(2) fails because it is to stay beneath a directory, or to meet no symbolic link."""
+    resolve &= openat2.RESOLVE_BENEATH | openat2.RESOLVE_NO_SYMLINKS
+    if not resolve:
+        return False
+    if path.startswith(b"/"):
+        if resolve & openat2.RESOLVE_BENEATH:
+            return True
+        start, path = caller.root(), path.lstrip(b"/")
+    else:
+        found = caller.cwd() if directory == AT_FDCWD else caller.descriptor(directory)
+        if found is None:
+            return False
+        start = found
+    try:
+        os.close(openat2.open_path(start, path, resolve))
+    except OSError as error:
+        return error.errno in (errno.ELOOP, errno.EXDEV)
+    return False
 
 
 def _descriptor(caller: Caller, args: tuple[int, ...]) -> tuple[int, int]:

@@ -132,3 +132,19 @@ def test_attached_to_nothing(tmp_path: Path) -> None:
     done = spawn("run", "--attach", tmp_path, "--", "true")
     assert done.returncode == 2
     assert b"no emulator is mounted there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("missing", "No such file or directory"), ("file", "not a directory"), ("file/x", "Not a dir")]
+)
+def test_what_stands_for_a_file_system_with_fs_verity_is_a_directory(tmp_path: Path, name: str, fault: str) -> None:
+    (tmp_path / "file").touch()
+    done = spawn("run", "--sealable", str(tmp_path / name), "--", "true")
+    assert done.returncode == 2
+    assert f"--sealable {tmp_path}/{name}: {fault}" in done.stderr.decode()
+
+
+def test_a_mounted_emulator_seals_nothing(tmp_path: Path) -> None:
+    done = spawn("run", "--attach", str(tmp_path), "--sealable", str(tmp_path), "--", "true")
+    assert done.returncode == 2
+    assert b"--sealable and --attach: the emulator that is mounted there has its own" in done.stderr

@@ -49,6 +49,8 @@ def place(who: Runner) -> Iterator[Path]:
         set_flags(path, flag)
     (who.place / "signatures").write_text(json.dumps(vectors.load("linux-7.3", "fsverity-ioctls")[0]["signatures"]))
     (who.place / "steps.py").write_text(STEPS.read_text())
+    (who.place / "fsverity_steps.py").symlink_to("steps.py")
+    (who.place / "sequences.py").write_text(STEPS.with_name("fsverity_sequences.py").read_text())
     yield who.place
     for path in files:
         set_flags(path, 0)
@@ -74,6 +76,19 @@ def test_recorded_answers(kernel: str, keyring: str, who: Runner, place: Path) -
     differing = {name: (result, got.get(name)) for name, result in want.items() if got.get(name) != result}
     assert not differing, done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kernel", vectors.KERNELS)
+def test_recorded_sequences(kernel: str, who: Runner, place: Path) -> None:
+    """Nearly four thousand calls, of which many seal, write to what is sealed, and replace it by the same content."""
+    want = vectors.load(kernel, "fsverity-sequences")
+    program = (PYTHON, "sequences.py", ".", "signatures", str(len(want)))
+    options = ("--kernel", kernel, "--sealable", str(place), "--fsverity-keys", TRUSTED)
+    done = who.run("run", *options, "--", *program)
+    assert done.returncode == 0, done.stderr
+    got = [json.loads(line) for line in done.stdout.splitlines()]
+    differing = [pair for pair in zip(want, got, strict=True) if pair[0] != pair[1]]
+    assert not differing, differing[0]
 
 
 def python(place: Path, source: str) -> tuple[str, ...]:
