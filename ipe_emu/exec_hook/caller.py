@@ -152,6 +152,11 @@ class Caller:
         flags = self.tracee.flags_of_fd(fd)
         return not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
 
+    def may_write(self, fd: int) -> bool:
+        """Whether the caller's open ``fd`` is open for writing (FMODE_WRITE)."""
+        flags = self.tracee.flags_of_fd(fd)
+        return not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
     def readable(self, path_fd: int) -> int:
         """Open one of our O_PATH descriptors of a regular file for reading. NotJudgedError where we may not."""
         try:

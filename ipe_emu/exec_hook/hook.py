@@ -10,6 +10,7 @@ from attrs import frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
+from ipe_emu.exec_hook import node_calls
 from ipe_emu.exec_hook.caller import Caller, Machine
 from ipe_emu.exec_hook.copying import COPIES, plan_copy
 from ipe_emu.exec_hook.execve import plan_execve, plan_execveat
@@ -121,6 +122,8 @@ def rules(*, securityfs: bool, traps: Iterable[Trap] = (), absent: Iterable[str]
     """
     return (
         *(Rule(name, Action.ENOSYS) for name in absent),
+        # The most frequent first: the filter is gone through in this order.
+        *(node_calls.RULES if securityfs else ()),
         *_ALWAYS,
         *(_WITH_SECURITYFS if securityfs else ()),
         *(trap.rule for trap in traps),
@@ -177,6 +180,8 @@ class ExecHook:
         if securityfs is not None:
             for copy in COPIES:
                 handlers[copy.name] = functools.partial(plan_copy, copy=copy, securityfs=securityfs)
+            for rule in node_calls.RULES:
+                handlers[rule.syscall] = functools.partial(node_calls.PLANS[rule.syscall], securityfs=securityfs)
         of_call: dict[str, list[Handler]] = {}
         for trap in traps:
             of_call.setdefault(trap.syscall, []).append(trap.handler)

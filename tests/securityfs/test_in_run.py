@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,50 @@ def test_a_path_may_name_the_writer_itself(emu: Runner) -> None:
     """/proc/self is the writer's, whatever this machine's own /proc calls it."""
     done = emu.shell("printf /proc/self/status | tee /sys/kernel/security/ipe/new_policy", *emu.with_policy())
     assert "Invalid argument" in done.stderr  # it is there, and looks empty
+
+
+# Each answer is what the call returned, or the name of its errno.
+CALLS_FUSE_DOES_NOT_PASS_ON = """
+import errno, os, sys
+ipe = "/sys/kernel/security/ipe/"
+def outcome(name, mode, act):
+    fd = os.open(ipe + name, mode)
+    try:
+        return act(fd)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    finally:
+        os.close(fd)
+def nothing(fd):
+    return os.write(fd, b"")
+def none(fd):
+    return len(os.read(fd, 0))
+def flagged(fd, length=4):
+    return os.preadv(fd, [bytearray(length)], 0, os.RWF_NOWAIT)
+written = "enforce", "new_policy", "policies/Initramfs/delete", "../lsm"
+print(*(outcome(name, os.O_WRONLY, nothing) for name in written))
+print(*(outcome(name, os.O_RDONLY, none) for name in ("enforce", "new_policy", "policies/Initramfs/pkcs7", "../lsm")))
+print(*(outcome(name, os.O_RDONLY, flagged) for name in ("enforce", "new_policy", "policies/Initramfs/name")))
+print(outcome("enforce", os.O_RDONLY, lambda fd: flagged(fd, 0)), outcome("enforce", os.O_RDONLY, nothing),
+      outcome("enforce", os.O_WRONLY, none), outcome("enforce", os.O_WRONLY, lambda fd: os.pwrite(fd, b"", 7)))
+reader, writer = os.pipe()
+print(os.write(writer, b""), len(os.read(reader, 0)), len(os.pread(os.open("/proc/self/exe", 0), 0, 0)))
+"""
+
+
+def test_calls_that_fuse_does_not_pass_on(emu: Runner) -> None:
+    done = emu.run("run", "--boot-policy", emu.with_policy()[1], "--boot-verified", "/", "--", sys.executable, "-c",
+                   CALLS_FUSE_DOES_NOT_PASS_ON)  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "EINVAL EBADMSG EINVAL EINVAL",
+        "0 EINVAL ENOENT 0",
+        "ENOTSUP EINVAL ENOTSUP",  # EOPNOTSUPP by its other name
+        "0 EBADF EBADF EINVAL",
+        "0 0 0",
+    ], done.stderr
+
+
+def test_nothing_is_written_without_the_capability(emu: Runner) -> None:
+    write = f"{sys.executable} -c 'import os; os.write(1, b\"\")'"
+    done = emu.shell(f"setpriv --bounding-set -mac_admin {write} > /sys/kernel/security/ipe/enforce")
+    assert "PermissionError" in done.stderr
