@@ -163,8 +163,8 @@ class Judge:
                     return self._library(found, head)
         elif kind is elf.Kind.COMPAT and not executable:
             return self._foreign_library(found)
-        elif not executable:
-            return self._module(found, head)
+        elif kind is elf.Kind.NOT_ELF and (module := self._module(found, head)) is not None:
+            return module
         return self._program(found, head) if executable else None
 
     # -- what holds for a file ----------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class Judge:
 
     def _failed(self, error: KernelError, head: bytes, opener: "_Opener") -> _End:
         if error.errno == errno.ENOEXEC:
-            if elf.is_of_another_machine(head):
+            if opener.is_foreign or elf.is_of_another_machine(head):
                 return _End(Outcome.NOT_JUDGED, reason="a program of another machine than this one")
             if not head.startswith(_MAGIC) and not script.is_script(head):
                 return _End(Outcome.NO_PROGRAM, error.name, error.reason)
@@ -360,6 +360,7 @@ class _Opener:
         self._found = found
         self._opened: list[int] = []
         self.missing: str | None = None
+        self.is_foreign = False
 
     def __enter__(self) -> Self:
         return self
@@ -393,6 +394,7 @@ class _Opener:
             return program
         fd = reopen(program)
         self._opened.append(fd)
+        self.is_foreign = elf.is_of_another_machine(os.pread(fd, elf.HEADER_SIZE, 0))
         return fd
 
     def file(self, program: int) -> File:

@@ -177,6 +177,19 @@ def test_what_is_mounted_below_is_not_walked(root: Path) -> None:
         assert b"/proc" in tree.mounts
 
 
+def test_a_module_is_one_whatever_its_mode(root: Path, tree: Tree) -> None:
+    Compiler(root).module("x.ko").chmod(0o755)
+    found = judged(tree, DENY)[b"/x.ko"]
+    assert (found.kind, found.outcome, found.answer) == (Kind.MODULE, Outcome.DENIED, "EACCES")
+
+
+def test_a_script_of_another_machines_program_is_not_judged(root: Path, tree: Tree) -> None:
+    executable(root / "arm", header(2, machine=183))
+    executable(root / "script", b"#!/arm\n")
+    assert {found.outcome for found in judged(tree).values()} == {Outcome.NOT_JUDGED}
+    assert {found.outcome for found in judged(tree, DENY).values()} == {Outcome.DENIED}
+
+
 def test_a_module_that_is_compressed_depends_on_the_kernel(root: Path, tree: Tree) -> None:
     module = Compiler(root).module("plain.ko")
     (root / "x.ko.xz").write_bytes(lzma.compress(module.read_bytes()))
