@@ -29,6 +29,9 @@ def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
         channel.close()
         process.close_from(0)
         os.waitpid(pid_1, 0)
+        while blueprint.volumes:
+            # The programs that serve them end with us, and whether they lived so long is to be looked at before.
+            signal.pause()
     except OSError as error:
         channel.report_failure(error)
     finally:

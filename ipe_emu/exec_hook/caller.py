@@ -11,9 +11,12 @@ from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import EVERYTHING, Access
 from ipe_emu.exec_hook.mounts import Mount, Mounts
+from ipe_emu.exec_hook.overlays import NAME as OVERLAY
+from ipe_emu.exec_hook.overlays import Overlays, Real
 from ipe_emu.exec_hook.resolve import look_up
 from ipe_emu.integrity.facts import Facts
-from ipe_emu.integrity.sources import FactsSource, Place
+from ipe_emu.integrity.sources import OpenFile, Place
+from ipe_emu.linux.mountinfo import Location
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.
@@ -42,10 +45,10 @@ class Caller:
     That must be before the answer: an open descriptor would make the caller's next umount(2) fail with EBUSY.
     """
 
-    def __init__(self, pid: int, mounts: Mounts, facts: FactsSource, machine: Machine) -> None:
+    def __init__(self, pid: int, mounts: Mounts, overlays: Overlays, machine: Machine) -> None:
         self.tracee = Tracee(pid)
         self._mounts = mounts
-        self._facts = facts
+        self._overlays = overlays
         self._machine = machine
         self._opened: list[int] = []
         self._stats: dict[int, os.stat_result] = {}
@@ -166,7 +169,7 @@ class Caller:
 
     def place(self, fd: int) -> Place | None:
         """Return where the file of one of our descriptors lies on its file system; None if nobody sees its mount."""
-        return self._mounts.locate(self.tracee.pid, fd, path_of(fd), os.fstat(fd).st_ino)[1]
+        return self.locate(fd)[1]
 
     def file(self, fd: int) -> File:
         """Return what IPE knows of the file behind one of our descriptors (``build_ipe_eval_ctx()``)."""
@@ -187,13 +190,31 @@ class Caller:
     def _known(self, fd: int) -> tuple[bytes, Mount, Facts]:
         path = path_of(fd)
         st = self.stat(fd)
+        mount, location = self._locate(fd, path, st)
+        return path, mount, self._overlays.facts_of(location, st, _opening(fd))
+
+    def locate(self, fd: int) -> tuple[Mount, Location | None]:
+        """Return the mount that one of our descriptors lies on, and where on its file system (None: nobody sees it)."""
+        return self._locate(fd, path_of(fd), self.stat(fd))
+
+    def real(self, fd: int) -> Real | None:
+        """Return the layer's file behind a file on an overlay of the tree's; None if that is no such file."""
+        _, location = self.locate(fd)
+        return None if location is None else self._overlays.real(location, self.stat(fd))
+
+    def mapped_file(self, fd: int) -> File:
+        """Return the same as ``file`` of what is mapped by a file: of an overlay, the layer's (``ovl_mmap()``)."""
+        real = self.real(fd)
+        if real is None:
+            return self.file(fd)
+        facts = self._overlays.facts.facts_of(real.location, real.status, _opening(fd))
+        return File(real.path, real.superblock, real.status.st_ino, facts)
+
+    def _locate(self, fd: int, path: bytes, st: os.stat_result) -> tuple[Mount, Location | None]:
         mount, location = self._mounts.locate(self.tracee.pid, fd, path, st.st_ino)
-        facts = self._facts.facts_of(
-            location,
-            st,
-            lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK),
-        )
-        return path, mount, facts
+        if mount.superblock == OVERLAY and location is not None:
+            self._overlays.bind(self.tracee.pid, location.device)
+        return mount, location
 
     def below_root(self, path: bytes) -> bytes:
         """Name a path of the mount namespace as d_path() does for the caller, who may have changed its root."""
@@ -204,6 +225,10 @@ class Caller:
     def _keep(self, fd: int) -> int:
         self._opened.append(fd)
         return fd
+
+
+def _opening(fd: int) -> OpenFile:
+    return lambda: os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def entry_name(fd: int) -> bytes:

@@ -13,6 +13,7 @@ from attrs import define, field
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.exec_hook.hook import Judge
 from ipe_emu.exec_hook.keyctl import Keyctl
+from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.report import Report
 from ipe_emu.exec_hook.sandbox import Sandbox, Surroundings
 from ipe_emu.exec_hook.sealing import Sealing
@@ -125,7 +126,8 @@ class OwnEmulator:
         of_volumes = VolumeFacts()
         # A declared volume's facts hold on the mount that the sandbox made of it.
         known = Combined([*([of_volumes] if self.images else []), self.facts.in_sandbox(), self._sealing.seals])
-        self._known = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
+        of_kernel = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
+        self._known = Overlays(of_kernel, self.superblocks)
         for name, image in self.images.items():
             image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
             image.verify_signature(self._ipe.keyrings, self._ipe.profile)

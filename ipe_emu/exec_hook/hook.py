@@ -20,6 +20,8 @@ from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount import plan_fsopen, plan_mount
 from ipe_emu.exec_hook.mounts import Mounts
 from ipe_emu.exec_hook.mprotect import plan_mprotect
+from ipe_emu.exec_hook.overlay_mounts import OverlayMounts
+from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.passing import Passing
 from ipe_emu.exec_hook.plan import Answer, Continue, Event, Fail, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.remap import plan_remap_file_pages
@@ -156,7 +158,8 @@ class ExecHook:
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
             raise NotJudgedError(f"the personality {inherited:#x} (see setarch(8)) hides executable mappings")
         self._judge = judge
-        self._facts = facts
+        # An emulator of this process shares it with its securityfs.
+        self._overlays = facts if isinstance(facts, Overlays) else Overlays(facts, superblocks)
         self._observer = observer
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts(superblocks)
@@ -183,7 +186,7 @@ class ExecHook:
             for rule in node_calls.RULES:
                 handlers[rule.syscall] = functools.partial(node_calls.PLANS[rule.syscall], securityfs=securityfs)
         of_call: dict[str, list[Handler]] = {}
-        for trap in traps:
+        for trap in (*OverlayMounts(self._overlays).traps, *traps):
             of_call.setdefault(trap.syscall, []).append(trap.handler)
         for name, handler in handlers.items():
             of_call.setdefault(name, []).append(handler)
@@ -205,7 +208,7 @@ class ExecHook:
         """Look at a call, have it judged, and do what we do ourselves; return what it answers, None if nobody waits."""
         if notification.pid <= 0:
             return Refuse("the caller is in a pid namespace that cannot be seen from here")
-        with Caller(notification.pid, self._mounts, self._facts, self._machine) as caller:
+        with Caller(notification.pid, self._mounts, self._overlays, self._machine) as caller:
             plan = self._look(caller, notification)
             if not plan.events and isinstance(plan.answer, Continue) and plan.answer.then is None:
                 return plan.answer  # which does nothing to a successor of the caller

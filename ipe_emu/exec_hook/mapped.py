@@ -2,11 +2,13 @@
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import Final
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File
 from ipe_emu.exec_hook.caller import Caller
+from ipe_emu.exec_hook.overlays import NAME as OVERLAY
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.linux.tracee import Mapping
 
@@ -27,7 +29,7 @@ def file_of(caller: Caller, mapping: Mapping) -> File | None:
         fd = caller.mapping(mapping)
     except PermissionError:
         return _found_by_name(caller, mapping)
-    return caller.file(fd)
+    return caller.mapped_file(fd)
 
 
 def _found_by_name(caller: Caller, mapping: Mapping) -> File:
@@ -39,11 +41,22 @@ def _found_by_name(caller: Caller, mapping: Mapping) -> File:
         fd = caller.look_up(AT_FDCWD, name, follow=False)
     except KernelError:
         fd = None
-    if fd is not None:
-        st = os.fstat(fd)
-        if (st.st_dev, st.st_ino) == (mapping.dev, mapping.ino):
-            return caller.file(fd)
+    if fd is not None and (mapping.dev, mapping.ino) in _identities(caller, fd):
+        return caller.mapped_file(fd)
     raise NotJudgedError(f"the mapped file {os.fsdecode(name)!r} is no longer found under its name")
+
+
+def _identities(caller: Caller, fd: int) -> Iterator[tuple[int, int]]:
+    """The numbers of device and inode by which /proc/PID/maps may show a file."""
+    st = os.fstat(fd)
+    yield st.st_dev, st.st_ino
+    mount, location = caller.locate(fd)
+    if mount.superblock == OVERLAY and location is not None:  # stat(2) gives another device number of it
+        major, _, minor = location.device.partition(":")
+        yield os.makedev(int(major), int(minor)), st.st_ino
+        real = caller.real(fd)  # shown before Linux 6.7
+        if real is not None:
+            yield real.status.st_dev, real.status.st_ino
 
 
 @functools.cache

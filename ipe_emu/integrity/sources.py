@@ -52,11 +52,12 @@ class Combined:
         """Return what all of them know together; see ``FactsSource``."""
         facts = NO_FACTS
         for source in self.sources:
-            facts = _united(facts, source.facts_of(place, st, open_file))
+            facts = united(facts, source.facts_of(place, st, open_file))
         return facts
 
 
-def _united(facts: Facts, more: Facts) -> Facts:
+def united(facts: Facts, more: Facts) -> Facts:
+    """Return both; what the first knows of dm-verity, or of fs-verity, hides what the second does."""
     if more is NO_FACTS:
         return facts
     if facts is NO_FACTS:

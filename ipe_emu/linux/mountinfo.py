@@ -30,6 +30,8 @@ class MountEntry:
     point: bytes
     kind: str
     source: bytes
+    #: Those of the superblock, as its file system shows them.
+    options: bytes = b""
 
     @property
     def superblock_name(self) -> str:
@@ -107,9 +109,13 @@ class Superblocks:
         found = self._seen_by(pid, mount_id)
         if found is not None:
             return self._name(found[0])
-        number = f"{os.major(device)}:{os.minor(device)}"
+        mount = self.mount_of(pid, f"{os.major(device)}:{os.minor(device)}")
+        return None if mount is None else self._name(mount)
+
+    def mount_of(self, pid: int, device: str) -> MountEntry | None:
+        """Return a mount of the file system with this device number that ``pid`` or an ancestor sees."""
         mounts = (mount for process in _with_ancestors(pid) for mount in of(process).values())
-        return next((self._name(mount) for mount in mounts if mount.device == number), None)
+        return next((mount for mount in mounts if mount.device == device), None)
 
     def _name(self, mount: MountEntry) -> str:
         return self.names.get(mount.device) or mount.superblock_name
@@ -176,9 +182,15 @@ def _parse(mountinfo: bytes) -> Mapping[int, MountEntry]:
     for line in mountinfo.splitlines():
         fields, _, tail = line.partition(b" - ")
         number, _, device, root, point = fields.split(b" ")[:5]
-        kind, source = tail.split(b" ")[:2]
+        kind, source, *options = tail.split(b" ")[:3]
         entries[int(number)] = MountEntry(
-            int(number), device.decode(), _unescaped(root), _unescaped(point), os.fsdecode(kind), _unescaped(source)
+            int(number),
+            device.decode(),
+            _unescaped(root),
+            _unescaped(point),
+            os.fsdecode(kind),
+            _unescaped(source),
+            _unescaped(options[0]) if options else b"",
         )
     return MappingProxyType(entries)
 

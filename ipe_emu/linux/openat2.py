@@ -6,6 +6,7 @@ from typing import Final
 
 from ipe_emu.linux import syscalls
 
+RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08

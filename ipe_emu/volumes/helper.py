@@ -69,7 +69,7 @@ def _squashfuse(program: str, image: int, source: str) -> Mounted:
     except OSError as error:
         os.close(detached)
         raise running.failed(error) from None
-    return Mounted(detached, running.pidfd)
+    return Mounted(detached, running.let_run())
 
 
 def _fuse2fs(program: str, image: int, stage: Path, source: str) -> Mounted:
@@ -95,7 +95,7 @@ def _fuse2fs(program: str, image: int, stage: Path, source: str) -> Mounted:
     except OSError as error:
         os.close(detached)
         raise running.failed(error) from None
-    return Mounted(detached, running.pidfd)
+    return Mounted(detached, running.let_run())
 
 
 def _extracted(program: str, image: int, stage: Path, source: str) -> Mounted:
@@ -159,6 +159,11 @@ class _Program:
         self.forget()
         words = " ".join(said.split()) or error.strerror
         return OSError(error.errno, f"{self.name}: {words}")
+
+    def let_run(self) -> int:
+        """Return its pidfd, with no further interest in what it says."""
+        os.close(self.output)
+        return self.pidfd
 
     def forget(self) -> None:
         """Close what is kept of it."""
