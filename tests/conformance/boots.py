@@ -1,0 +1,289 @@
+"""Whole boots for two machines: an initramfs with its init script, of which every audit record is compared.
+
+A script prints what else is to be compared as lines that begin with ``OUT``. It does nothing in the background, for
+nobody would know the order of its records. Processes are numbered in the order in which records name them.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from attrs import field, frozen
+
+from tests import vectors
+from tests.rehearse.images import MOUNTS, NEW_ROOT, build_tree
+
+ROOT = Path(__file__).parent.parent.parent
+_OFF = "/bin/busybox poweroff -f\n"
+_RECORD = re.compile(r"type=(14\d\d) audit\([^)]*\): ?([^\r\n]*)")
+_STORED = re.compile(r"type=(\w+) msg=audit\([^)]*\): ?(.*)")
+_TYPES = {"MAC_STATUS": "1404", "IPE_ACCESS": "1420", "IPE_CONFIG_CHANGE": "1421", "IPE_POLICY_LOAD": "1422"}
+#: Every record is printed, and as fast as they come.
+_CMDLINE = ("ipe.success_audit=1", "sysctl.kernel.printk_ratelimit=0")
+
+#: A kernel in user mode that panics can lose the end of what it printed; then it is booted again.
+_TRIES = 5
+
+#: What every policy below allows, for a boot that goes on.
+_INITRAMFS = "op=EXECUTE boot_verified=TRUE action=ALLOW\n"
+
+
+def policy(name: str, version: str, rules: str = _INITRAMFS, default: str = "DENY") -> str:
+    return f"policy_name={name} policy_version={version}\nDEFAULT action={default}\n{rules}"
+
+
+@frozen
+class Boot:
+    """An image: what init does, files besides busybox, and policies that ``NAME.p7b`` in /etc are to be signed of."""
+
+    name: str
+    script: str
+    files: Mapping[str, str | bytes] = field(factory=dict)
+    signed: Mapping[str, tuple[str, str]] = field(factory=dict)
+    programs: Sequence[str] = ()
+    cmdline: Sequence[str] = ()
+    mode: int = 0o755
+
+    def build(self, directory: Path) -> Path:
+        """Make the image; return its file."""
+        files = dict(self.files)
+        for name, (key, text) in self.signed.items():
+            files[f"etc/{name}.p7b"] = _sign(directory, key, text)
+        tree = build_tree(directory / "tree", self.script, files, mode=self.mode)
+        for program in self.programs:
+            _add_program(tree, Path(program))
+        image = directory / "image"
+        names = subprocess.run(["find", "."], cwd=tree, stdout=subprocess.PIPE, check=True, timeout=60).stdout
+        with image.open("wb") as file:
+            subprocess.run(
+                ["cpio", "--quiet", "-o", "-H", "newc", "--owner", "0:0"],
+                cwd=tree, input=b"".join(sorted(names.splitlines(keepends=True))), stdout=file, check=True, timeout=60,
+            )  # fmt: skip
+        return image
+
+
+@frozen
+class Came:
+    """What a machine printed and recorded."""
+
+    lines: tuple[str, ...]
+    records: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.lines, *self.records]
+
+
+def on_user_mode_linux(program: Path, boot: Boot, image: Path) -> Came:
+    """Boot it on a reference kernel."""
+    command = [
+        str(program), "mem=320M", f"initrd={image}", "con=null", "con0=fd:0,fd:1", "root=/dev/none", "panic=-1",
+        "ignore_loglevel", *_CMDLINE, *boot.cmdline,
+    ]  # fmt: skip
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
+    printed = done.stdout.decode("latin-1").replace("\r", "")
+    found = [(number, text) for number, text in _RECORD.findall(printed) if number in _TYPES.values()]
+    return Came(_lines(printed), _normalised(found))
+
+
+def on_the_emulator(profile: str, boot: Boot, image: Path) -> Came:
+    """Boot it here."""
+    log = image.parent / "audit.log"
+    log.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "ipe_emu", "boot", "--kernel", profile, "--boot-policy", str(vectors.BOOT_POLICY),
+        "--builtin-keys", str(vectors.KEYS / "builtin-trusted.pem"), "--audit-log", str(log), "--timeout", "100",
+        "--cmdline", " ".join((*_CMDLINE, *boot.cmdline)), str(image),
+    ]  # fmt: skip
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, env=environment, timeout=120, check=False
+    )
+    stored = [match for line in log.read_text("latin-1").splitlines() if (match := _STORED.match(line))]
+    printed = (done.stdout + done.stderr).decode("latin-1").replace("\r", "")
+    return Came(_lines(printed), _normalised([(_TYPES[match[1]], match[2]) for match in stored]))
+
+
+def _lines(printed: str) -> tuple[str, ...]:
+    return tuple(line for line in printed.split("\n") if line.startswith("OUT"))
+
+
+def _normalised(records: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    pids: dict[str, int] = {}
+    inodes: dict[str, int] = {}
+
+    def by_order(seen: dict[str, int]) -> Callable[[re.Match[str]], str]:
+        return lambda match: f" {match[1]}=#{seen.setdefault(match[2], len(seen))}"
+
+    found = []
+    for number, text in records:
+        plain = re.sub(r" (pid)=(\d+)", by_order(pids), f"{number} {text}".rstrip())
+        plain = re.sub(r" (ino)=(\d+)", by_order(inodes), plain)
+        # A kernel for one processor has no number behind the name of its first thread.
+        found.append(plain.replace('comm="swapper"', 'comm="swapper/0"'))
+    return tuple(found)
+
+
+def _sign(directory: Path, key: str, text: str) -> bytes:
+    plain = directory / "policy.pol"
+    plain.write_text(text)
+    subprocess.run(
+        [
+            "openssl", "smime", "-sign", "-in", plain, "-signer", vectors.KEYS / f"{key}.pem", "-inkey",
+            vectors.KEYS / f"{key}.key", "-noattr", "-nodetach", "-nosmimecap", "-binary", "-outform", "der", "-out",
+            directory / "policy.p7b",
+        ],
+        check=True, timeout=60, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return (directory / "policy.p7b").read_bytes()
+
+
+def _add_program(tree: Path, program: Path) -> None:
+    """Copy a program of this machine, with the libraries that it names."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    for path in {program, *map(Path, re.findall(r"(/\S+) \(", listed))}:
+        (tree / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tree / path.relative_to("/"))
+
+
+_LOCK = policy("Lock", "1.0.0", "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n")
+_GOES_ON = policy("GoesOn", "1.0.0")
+
+BOOTS = (
+    Boot(
+        "copies and mounts",
+        f"""{MOUNTS}ls / >/dev/null
+cp /bin/busybox /tmp/x; /tmp/x true; echo OUT copy $?
+mount -t tmpfs t /tmp; cp /bin/busybox /tmp/y; /tmp/y true; echo OUT tmpfs $?
+mkdir /b; mount --bind /bin /b; /b/busybox true; echo OUT bind $?
+mount -o bind,noexec /bin /b; /b/busybox true; echo OUT noexec $?
+mkdir /m; mount -t tmpfs m /m; cp /bin/busybox /m; mkdir /n; mount --move /m /n; /n/busybox true; echo OUT moved $?
+chroot / /bin/true; echo OUT chroot $?
+{_OFF}""",
+    ),
+    Boot(
+        "enforcement off and on",
+        f"""{MOUNTS}mount -t tmpfs t /tmp; cp /bin/busybox /tmp/y
+echo 0 >$IPE/enforce; /tmp/y true; echo OUT off $?
+echo 1 >$IPE/enforce; /tmp/y true; echo OUT on $?
+echo 1 >$IPE/enforce; echo 2 >$IPE/enforce; echo OUT bad $?
+echo 0 >$IPE/success_audit; /bin/true; echo 1 >$IPE/success_audit; /bin/true
+setuidgid 1000 sh -c 'echo 0 >/sys/kernel/security/ipe/enforce'; echo OUT user $?
+cat $IPE/enforce $IPE/success_audit; echo
+{_OFF}""",
+    ),
+    Boot(
+        "permissive from the start",
+        f"{MOUNTS}mount -t tmpfs t /tmp; cp /bin/busybox /tmp/y; /tmp/y true; echo OUT $?\n{_OFF}",
+        cmdline=("ipe.enforce=0",),
+    ),
+    Boot(
+        "scripts",
+        f"""{MOUNTS}for program in /t/nested /t/lost /t/garbage /t/empty /t/plain /t /t/link /t/deep /proc/self/exe; do
+    $program; echo OUT $program $?
+done
+ln -s /bin/busybox /t/true; /t/true; echo OUT true $?
+{_OFF}""",
+        {
+            "t/script": "#!/bin/sh\necho OUT a script\n", "t/nested": "#!/t/script x\n", "t/deep": "#!/t/nested\n",
+            "t/lost": "#!/no/such/interpreter\n", "t/garbage": "no program at all\n", "t/empty": "",
+        },
+    ),
+    Boot(
+        "a signed policy takes over",
+        f"""{MOUNTS}cat /etc/goes-on.p7b >$IPE/new_policy; echo OUT load $?
+ls $IPE/policies | while read -r name; do echo OUT $name; done
+echo 1 >$IPE/policies/AllowInitramfs/delete; echo OUT delete the active $?
+echo 1 >$IPE/policies/GoesOn/active; echo OUT activate $?
+echo 1 >$IPE/policies/AllowInitramfs/delete; echo OUT delete $?
+cat /etc/newer.p7b >$IPE/policies/GoesOn/update; echo OUT update $?
+cat /etc/goes-on.p7b >$IPE/policies/GoesOn/update; echo OUT older $?
+cat /etc/other.p7b >$IPE/policies/GoesOn/update; echo OUT name $?
+cat /etc/goes-on.p7b >$IPE/new_policy; echo OUT again $?
+/bin/true; echo OUT run $?
+{_OFF}""",
+        signed={
+            "goes-on": ("trusted", _GOES_ON), "newer": ("trusted", policy("GoesOn", "1.0.1")),
+            "other": ("trusted", policy("Other", "2.0.0")),
+        },
+    ),
+    Boot(
+        "policies that are refused",
+        f"""{MOUNTS}cat /etc/untrusted.p7b >$IPE/new_policy; echo OUT untrusted $?
+echo junk >$IPE/new_policy; echo OUT junk $?
+head -c 300 /etc/good.p7b >$IPE/new_policy; echo OUT cut $?
+dd if=/etc/large.p7b of=$IPE/new_policy bs=8192; echo OUT pieces $?
+cat /etc/bad.p7b >$IPE/new_policy; echo OUT syntax $?
+cat /etc/old.p7b >$IPE/new_policy; echo OUT old $?; echo 1 >$IPE/policies/AllowInitramfs/active; echo OUT $?
+cat /etc/good.p7b >$IPE/new_policy; echo OUT good $?
+{_OFF}""",
+        signed={
+            "untrusted": ("untrusted", _GOES_ON), "good": ("trusted", _GOES_ON),
+            "bad": ("trusted", _GOES_ON + "op=NO\n"),
+            "large": ("trusted", policy("Large", "1.0.0", _INITRAMFS + "# filling\n" * 900)),
+            "old": ("trusted", policy("AllowInitramfs", "0.0.0")),
+        },
+    ),
+    Boot(
+        "a policy that does not trust the initramfs",
+        f"""{MOUNTS}cat /etc/lock.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Lock/active; echo OUT activated $?
+/bin/true; echo OUT true $?
+/bin/busybox poweroff -f; echo OUT poweroff $?
+""",
+        signed={"lock": ("trusted", _LOCK)},
+    ),
+    Boot(
+        "a new root on a tmpfs",
+        f"""{MOUNTS}cat /etc/open.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Open/active
+{NEW_ROOT}
+umount /sys/kernel/security /sys /proc /dev
+exec switch_root /newroot /init
+""",
+        {"etc/newinit": f"#!/bin/sh\nexport PATH=/bin\necho OUT in the new root\n/bin/busybox true\n{_OFF}"},
+        {"open": ("trusted", policy("Open", "1.0.0", "op=EXECUTE boot_verified=TRUE action=DENY\n", "ALLOW"))},
+    ),
+    Boot(
+        "a new root that is not trusted",
+        f"{MOUNTS}{NEW_ROOT}\numount /sys/kernel/security /sys /proc /dev\nexec switch_root /newroot /init\n",
+        {"etc/newinit": f"#!/bin/sh\necho OUT not reached\n{_OFF}"},
+    ),
+    Boot(
+        "an overlay over the initramfs",
+        f"""{MOUNTS}mkdir /o /w; mount -t tmpfs w /w; mkdir /w/u /w/w
+mount -t overlay -o lowerdir=/bin,upperdir=/w/u,workdir=/w/w o /o; echo OUT mounted $?
+/o/busybox true; echo OUT lower $?
+cp /bin/busybox /o/copy; /o/copy true; echo OUT upper $?
+{_OFF}""",
+    ),
+    Boot(
+        "programs with libraries",
+        f"""{MOUNTS}/usr/bin/bash -c 'echo OUT bash; exec /usr/bin/env true'; echo OUT $?
+mount -t tmpfs t /tmp; cp /usr/bin/bash /tmp/bash; /tmp/bash -c true; echo OUT copy $?
+cp $(ls /lib/x86_64-linux-gnu/libtinfo.so.6) /tmp; LD_LIBRARY_PATH=/tmp /usr/bin/bash -c true; echo OUT library $?
+cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT ld $?
+/lib64/ld-linux-x86-64.so.2 /tmp/bash -c true; echo OUT ld of a copy $?
+{_OFF}""",
+        programs=("/usr/bin/bash", "/usr/bin/env", "/usr/bin/true"),
+    ),
+    Boot("an init that may not be executed", _OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{_OFF}"}, mode=0o644),
+    Boot("an init that ends", "echo OUT going\nexit 3\n"),
+    Boot("another init", "echo OUT not this one\n", {"etc/other": f"#!/bin/sh\necho OUT $0 $1\n{_OFF}"},
+         cmdline=("rdinit=/etc/other", "--", "argument")),
+)  # fmt: skip
+
+
+def compare(program: Path, profile: str, boot: Boot) -> tuple[Came, Came]:
+    """Boot the same image on a reference kernel and here."""
+    with tempfile.TemporaryDirectory(prefix="ipe-boot.") as name:
+        image = boot.build(Path(name))
+        ours = on_the_emulator(profile, boot, image)
+        for _ in range(_TRIES):
+            theirs = on_user_mode_linux(program, boot, image)
+            lost = len(ours.records) - len(theirs.records)
+            if lost <= 0 or theirs.records != ours.records[:-lost]:
+                break
+        return theirs, ours
