@@ -18,7 +18,7 @@ lint: setup ## ruff and mypy alone
 	@scripts/lint
 
 bench: setup ## measure the targets, side by side in one run
-	@.venv/bin/python scripts/bench.py
+	@.venv/bin/python -m scripts.bench
 
 soak: setup ## the long loops: mounts, kills and writers for minutes
 	@.venv/bin/python scripts/soak.py

@@ -30,8 +30,10 @@ from ipe_emu.policy.evaluate import evaluate
 from ipe_emu.policy.index import RuleIndex
 from ipe_emu.policy.parse import parse_policy
 from ipe_emu.policy.rule import Action, Operation
+from scripts import reference_kernel
 
 HERE = Path(__file__).parent
+VECTORS = HERE.parent / "tests" / "vectors"
 EMU = Path(sys.executable).parent / "ipe-emu"
 SIGNED_RULES = 600  # what fits in a signed policy
 MANY_RULES = 38_000  # what fits in 4 MiB
@@ -224,6 +226,58 @@ def starts(place: Path) -> Iterator[Row]:
         yield Row(what, f"{millis:.0f} ms", f"{target_ms} ms", millis <= target_ms)
 
 
+def boots(place: Path) -> Iterator[Row]:
+    """Whole boots of a small initramfs, beside those of User-Mode Linux where it was built (reference_kernel.py)."""
+    tree = place / "initramfs"
+    (tree / "bin").mkdir(parents=True)
+    (tree / "sys").mkdir()
+    shutil.copy(shutil.which("busybox") or "busybox", tree / "bin/busybox")
+    (tree / "bin/sh").symlink_to("busybox")
+    keys = VECTORS / "keys"
+    text = b"policy_name=Smallest policy_version=1.0.0\nDEFAULT action=ALLOW\n"
+    signed = sign_policy(text, (keys / "trusted.key").read_bytes(), (keys / "trusted.pem").read_bytes())
+    (tree / "policy").write_bytes(signed)
+    (tree / "init").write_text(
+        "#!/bin/sh\n/bin/busybox mount -t sysfs sysfs /sys\n"
+        "/bin/busybox mount -t securityfs securityfs /sys/kernel/security\ncd /sys/kernel/security/ipe\n"
+        "/bin/busybox cat /policy > new_policy && echo 1 > policies/Smallest/active || exec /bin/busybox false\n"
+        "i=0; while [ $i -lt ${turns:-0} ]; do /bin/busybox true; i=$((i+1)); done\n/bin/busybox poweroff -f\n"
+    )
+    (tree / "init").chmod(0o755)
+    image = place / "initramfs.cpio"
+    names = "".join(f"{path.relative_to(tree)}\n" for path in [tree, *sorted(tree.rglob("*"))])
+    with image.open("wb") as file:
+        subprocess.run(["busybox", "cpio", "-o", "-H", "newc"], cwd=tree, input=names.encode(), stdout=file, check=True)
+    ours: list[str | Path] = [
+        EMU, "boot", "--kernel", "linux-7.3", "--boot-policy", VECTORS / "boot-policy.pol", "--builtin-keys",
+        keys / "builtin-trusted.pem", "--timeout", "60",
+    ]  # fmt: skip
+    kernel = reference_kernel.built("7.3")
+    for what, turns, rounds, share in (
+        ("booting busybox: load a policy, activate it, power off", 0, 7, 2.0),
+        (f"the same with {LOOP} executions", LOOP, 3, 0.1),
+    ):
+        boot: list[str | Path] = [*ours, "--cmdline", f"turns={turns}", image]
+        uml: list[str | Path] = [f"initrd={image}", "mem=128M", "con=null", "quiet", f"turns={turns}"]
+        times: dict[str, list[float]] = {"ours": [], "uml": []}
+        for _ in range(rounds):
+            times["ours"].append(seconds(partial(quiet, *boot)))
+            if kernel is not None:
+                times["uml"].append(seconds(partial(quiet, kernel.program, *uml)))
+        took = statistics.median(times["ours"])
+        if kernel is None:
+            yield Row(what, f"{took:.2f} s", "User-Mode Linux is not built here", True)
+            continue
+        theirs = statistics.median(times["uml"])
+        measured = f"{took / theirs:.2f} ({took:.2f} s to {theirs:.2f} s)"
+        yield Row(f"{what}, against User-Mode Linux", measured, f"{share:g}", took <= share * theirs)
+
+
+def quiet(*command: "str | Path") -> None:
+    """Run a command, whose output does not matter; its failure does."""
+    subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL, capture_output=True)
+
+
 def trees(place: Path) -> Iterator[Row]:
     """Hashing an image of a gibibyte, in turns with the programs that do it in C; and the memory that takes."""
     veritysetup = shutil.which("veritysetup", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -340,8 +394,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ipe-bench.") as name, console.status("measuring…"):
         place = Path(name)
         measurements = (
-            decisions(), parsing(), verification(place), nodes(place), loops(place), starts(place), trees(place),
-            simulations(place),
+            decisions(), parsing(), verification(place), nodes(place), loops(place), starts(place), boots(place),
+            trees(place), simulations(place),
         )  # fmt: skip
         for row in itertools.chain(*measurements):
             table.add_row(row.what, row.measured, row.target, "met" if row.met else "MISSED")

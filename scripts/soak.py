@@ -5,6 +5,7 @@ usage: soak.py [SECONDS_PER_LOOP]
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ipe_emu.linux.mounts import mounts
 HERE = Path(__file__).parent
 EMU = Path(sys.executable).parent / "ipe-emu"
 BOOT_POLICY = HERE / "demo-boot" / "boot.pol"
+MARK = "4000222"  # seconds that nobody else sleeps for
 LIMIT = 30  # seconds that any one step may take
 
 
@@ -94,6 +96,58 @@ def kill_a_run(_directory: Path) -> None:
         waiting.shutdown()
 
 
+def small_image(directory: Path) -> Path:
+    """An initramfs directory whose init is busy until it is killed; its processes have ``MARK`` as an argument."""
+    image = directory.with_name("image")
+    if not image.exists():
+        (image / "bin").mkdir(parents=True)
+        shutil.copy(shutil.which("busybox") or "busybox", image / "bin/busybox")
+        (image / "bin/sh").symlink_to("busybox")
+        (image / "init").write_text(
+            "#!/bin/sh\nexport PATH=/bin\nfor kind in proc sysfs devtmpfs; do\n"
+            "busybox mkdir /$kind; busybox mount -t $kind none /$kind; done\n"
+            "busybox mount -t securityfs none /sysfs/kernel/security\n"
+            f"busybox sleep {MARK} & busybox setsid busybox sleep {MARK} &\n"
+            "while :; do busybox true; busybox cat /sysfs/kernel/security/ipe/policies/*/name; done\n"
+        )
+        (image / "init").chmod(0o755)
+    return image
+
+
+def marked() -> list[str]:
+    """The processes that have ``MARK`` as an argument."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and MARK.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(entry.name)
+    return found
+
+
+def kill_boots(directory: Path) -> None:
+    """Kill the supervisors of four boots at random moments, from their first instructions on."""
+    image = small_image(directory)
+    boots = [
+        subprocess.Popen(
+            [EMU, "boot", "--boot-policy", BOOT_POLICY, image], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(directory.parent)},
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    for process in boots:
+        time.sleep(random.random() / 4)
+        process.kill()
+        process.wait(LIMIT)
+    end = time.monotonic() + LIMIT
+    while marked():
+        if time.monotonic() > end:
+            raise SystemExit(f"processes stayed behind: {marked()}")
+        time.sleep(0.05)
+    left = {path.name for path in directory.parent.iterdir()} - {directory.name, image.name}
+    if left:
+        raise SystemExit(f"files stayed behind: {left}")
+
+
 def main() -> None:
     """Run every loop for its time."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
@@ -102,6 +156,7 @@ def main() -> None:
         kill_under_load,
         many_processes,
         kill_a_run,
+        kill_boots,
     )
     with tempfile.TemporaryDirectory(prefix="ipe-soak.") as name:
         directory = Path(name) / "mounted"
