@@ -14,7 +14,7 @@ from ipe_emu.audit import UNSET_ID
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
-from ipe_emu.linux import capabilities, mountinfo, procfs, syscalls
+from ipe_emu.linux import capabilities, mountinfo, procfs, statx, syscalls
 from ipe_emu.linux.capabilities import Capability
 from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.lsm import Login, Opener
@@ -278,7 +278,7 @@ def describe(pid: int, fd: int, facts: FactsSource, superblocks: Superblocks = m
     """Return the open file ``fd`` of this process as an event of process ``pid`` knows it; OSError on failure."""
     path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115
     status = os.fstat(fd)
-    mount = procfs.mount_id("self", fd)
+    mount = statx.mount_id(fd)
     known = facts.facts_of(
         superblocks.location(pid, mount, path),
         status,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ipe_emu.errors import CannotEmulateError, IpeEmuError, UserError
 from ipe_emu.integrity.sources import FactsSource
@@ -92,15 +92,8 @@ def mount_in_foreground(ipe: Ipe, facts: FactsSource, options: MountOptions, rea
 
     UserError for a mount point that cannot be one, CannotEmulateError where FUSE does not work.
     """
-    mountpoint = _checked(options)
-    directory = make_runtime_directory()
-    sweep(directory)
-    key = key_of(mountpoint)
-    with held_lock(directory / f"{key}.lock"):
-        wait_for_helper(mountpoint)
-        detach_dead(mountpoint)
-        _check_directory(mountpoint)
-        _serve(ipe, facts, options, _Place(mountpoint, directory / f"{key}.sock", None), ready)
+    with _held_place(_checked(options)) as place:
+        _serve(ipe, facts, options, place, ready)
 
 
 def _checked(options: MountOptions) -> str:
@@ -133,29 +126,21 @@ def _daemon(ipe: Ipe, facts: FactsSource, options: MountOptions, writable: int) 
     """Be the process in the background; never returns into the program that was forked."""
     status = 1
     try:
-        with _telling_failures(writable):
-            mountpoint = os.path.realpath(options.mountpoint)
-            directory = make_runtime_directory()
-            sweep(directory)
-            key = key_of(mountpoint)
-            with held_lock(directory / f"{key}.lock"):
-                wait_for_helper(mountpoint)
-                detach_dead(mountpoint)
-                _check_directory(mountpoint)
-                log = directory / f"{key}.log"
-                _leave_terminal(log, keep=writable)
+        with _telling_failures(writable), _held_place(os.path.realpath(options.mountpoint)) as place:
+            log = place.socket.with_suffix(".log")
+            _leave_terminal(log, keep=writable)
 
-                def ready(mounted: Mounted) -> None:
-                    _tell(
-                        writable,
-                        mountpoint=mounted.mountpoint,
-                        pid=mounted.pid,
-                        log=mounted.log,
-                        warnings=mounted.warnings,
-                    )
+            def ready(mounted: Mounted) -> None:
+                _tell(
+                    writable,
+                    mountpoint=mounted.mountpoint,
+                    pid=mounted.pid,
+                    log=mounted.log,
+                    warnings=mounted.warnings,
+                )
 
-                _serve(ipe, facts, options, _Place(mountpoint, directory / f"{key}.sock", log), ready)
-                log.unlink(missing_ok=True)
+            _serve(ipe, facts, options, evolve(place, log=log), ready)
+            log.unlink(missing_ok=True)
         status = 0
     finally:
         # Not sys.exit: what the caller of mount_in_background does next is not this process's business.
@@ -214,7 +199,20 @@ def _leave_terminal(log: Path, *, keep: int) -> None:
 class _Place:
     mountpoint: str
     socket: Path
-    log: Path | None
+    log: Path | None = None
+
+
+@contextlib.contextmanager
+def _held_place(mountpoint: str) -> Iterator[_Place]:
+    """Have the place for one emulator alone, with nothing left there by one that died. UserError if it is no place."""
+    directory = make_runtime_directory()
+    sweep(directory)
+    key = key_of(mountpoint)
+    with held_lock(directory / f"{key}.lock"):
+        wait_for_helper(mountpoint)
+        detach_dead(mountpoint)
+        _check_directory(mountpoint)
+        yield _Place(mountpoint, directory / f"{key}.sock")
 
 
 def _serve(

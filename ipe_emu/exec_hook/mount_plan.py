@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError
-from ipe_emu.linux import mounts, procfs
+from ipe_emu.linux import mounts, statx
 from ipe_emu.linux.mounts import Attribute, MountInfo
 
 SECURITYFS: Final = Path("/sys/kernel/security")
@@ -212,7 +212,7 @@ def _visible() -> Iterator[MountInfo]:
         except OSError:
             continue
         try:
-            if procfs.mount_id("self", fd) == mount.id:
+            if statx.mount_id(fd) == mount.id:
                 yield mount
         finally:
             os.close(fd)

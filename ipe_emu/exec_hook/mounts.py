@@ -1,23 +1,13 @@
 """Which mount and which superblock a file lies on."""
 
 import os
-import struct
 from typing import Final
 
 from attrs import frozen
 
 from ipe_emu.errors import NotJudgedError
-from ipe_emu.linux import mountinfo, procfs, syscalls
+from ipe_emu.linux import mountinfo, statx
 from ipe_emu.linux.mountinfo import Location, Superblocks
-
-# struct statx: stx_mask comes first, stx_mnt_id at 144.
-_STATX_SIZE: Final = 256
-_STATX_MNT_ID: Final = 0x1000
-_STATX_MNT_ID_UNIQUE: Final = 0x4000
-_AT_STATX_DONT_SYNC: Final = 0x4000
-_MASK: Final = struct.Struct("=I")
-_MOUNT_ID: Final = struct.Struct("=Q")
-_MOUNT_ID_OFFSET: Final = 144
 
 # Files on mounts that the kernel keeps to itself, by how d_path() names them; the value is the superblock's s_id.
 _KERNEL_MOUNTS: Final = (
@@ -80,8 +70,8 @@ class Mounts:
 
     def _of(self, pid: int, fd: int) -> tuple[Mount, int | None]:
         """Return a mount, and its id that is never reused."""
-        mask, unique = _mount_id(fd, _STATX_MNT_ID_UNIQUE)
-        if not mask & _STATX_MNT_ID_UNIQUE:  # before Linux 6.8
+        unique = statx.unique_mount_id(fd)
+        if unique is None:
             return self._look_up(pid, fd), None
         mount = self._known.get(unique)
         if mount is None:
@@ -89,9 +79,7 @@ class Mounts:
         return mount, unique
 
     def _look_up(self, pid: int, fd: int) -> Mount:
-        mask, mount_id = _mount_id(fd, _STATX_MNT_ID)
-        if not mask & _STATX_MNT_ID:
-            mount_id = procfs.mount_id("self", fd)  # before Linux 5.8
+        mount_id = statx.mount_id(fd)
         superblock = self._superblocks.name_of(pid, mount_id, os.fstat(fd).st_dev) or _kernel_mount(fd)
         return Mount(mount_id, superblock)
 
@@ -102,9 +90,3 @@ def _kernel_mount(fd: int) -> str:
         if path.startswith(beginning):
             return "hugetlbfs" if superblock == "tmpfs" and os.fstat(fd).st_blksize >= _HUGE_BLOCK else superblock
     raise NotJudgedError(f"{os.fsdecode(path)!r} lies on a mount that its process cannot name")
-
-
-def _mount_id(fd: int, which: int) -> tuple[int, int]:
-    buffer = syscalls.writable(_STATX_SIZE)
-    syscalls.call("statx", fd, b"", syscalls.AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, which, buffer)
-    return _MASK.unpack_from(buffer)[0], _MOUNT_ID.unpack_from(buffer, _MOUNT_ID_OFFSET)[0]

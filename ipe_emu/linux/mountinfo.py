@@ -11,7 +11,7 @@ from typing import Final
 
 from attrs import define, field, frozen
 
-from ipe_emu.linux import procfs
+from ipe_emu.linux import procfs, statx
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
@@ -145,7 +145,7 @@ def locate(path: bytes) -> Location:
     """Return where an existing file lies; ``path`` is free of symbolic links. OSError if it cannot be told."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        found = OF_THIS_MACHINE.location(os.getpid(), procfs.mount_id("self", fd), path)
+        found = OF_THIS_MACHINE.location(os.getpid(), statx.mount_id(fd), path)
     finally:
         os.close(fd)
     if found is None:

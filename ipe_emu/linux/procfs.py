@@ -12,7 +12,7 @@ from typing import Final
 
 from attrs import frozen
 
-from ipe_emu.linux import syscalls
+from ipe_emu.linux import statx, syscalls
 
 #: Longer than any file of /proc that is read whole here; those of the kernel end well below.
 _CHUNK: Final = 1 << 16
@@ -233,8 +233,8 @@ def descriptor_device(tid: int, fd: int) -> int | None:
     return None
 
 
-def mount_id(pid: int | str, fd: int) -> int:
-    """Return the id of the mount that a descriptor was opened on (as statx(2) STATX_MNT_ID)."""
+def mount_id(pid: int, fd: int) -> int:
+    """Return the id of the mount that a descriptor of another process lies on; ``statx.mount_id`` tells one's own."""
     for line in record(pid, f"fdinfo/{fd}").splitlines():
         if line.startswith(b"mnt_id:"):
             return int(line[7:])
@@ -307,7 +307,7 @@ def uses_mounts(pid: int, mounts: Collection[int]) -> bool:
 def _mount_of(path: str) -> int:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return mount_id("self", fd)
+        return statx.mount_id(fd)
     finally:
         os.close(fd)
 

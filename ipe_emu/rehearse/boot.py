@@ -29,7 +29,7 @@ from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsSer
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.kernel_cmdline import words
-from ipe_emu.linux import openat2, process, procfs
+from ipe_emu.linux import openat2, process, statx
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
@@ -378,7 +378,7 @@ class _Rehearsal:
             return None
         root = caller.tracee.open_root()
         try:
-            if procfs.mount_id("self", root) == self.mounting.root_mount:
+            if statx.mount_id(root) == self.mounting.root_mount:
                 return None
         finally:
             os.close(root)

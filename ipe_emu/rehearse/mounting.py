@@ -20,7 +20,7 @@ from ipe_emu.exec_hook.caller import Caller, path_of
 from ipe_emu.exec_hook.execve import read_path
 from ipe_emu.exec_hook.plan import Continue, Fail, Perform, Plan, Refuse
 from ipe_emu.exec_hook.traps import Trap
-from ipe_emu.linux import mounts, procfs
+from ipe_emu.linux import mounts, procfs, statx
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.rehearse.events import Mounted, NotJudged, Timeline
@@ -215,7 +215,7 @@ class Mounting:
         composed = {self.devices[DEVTMPFS], self.devices[PROC]}
         if os.fstat(target).st_dev not in composed or not _is_root(caller, target):
             return Plan(Continue())
-        if not flags & _MNT_DETACH and self._is_busy(caller, procfs.mount_id("self", target)):
+        if not flags & _MNT_DETACH and self._is_busy(caller, statx.mount_id(target)):
             raise KernelError(errno.EBUSY, "somebody uses it", "do_umount")
         return Plan(Perform(lambda: self._detach(caller, target)))
 
@@ -242,7 +242,7 @@ class Mounting:
         if caller.capable(CAP_SYS_ADMIN):
             root = caller.tracee.open_root()
             try:
-                if procfs.mount_id("self", root) == self.root_mount:
+                if statx.mount_id(root) == self.root_mount:
                     raise KernelError(errno.EINVAL, "the root is the rootfs, which is mounted on nothing", "pivot_root")
             finally:
                 os.close(root)
@@ -266,7 +266,7 @@ def _string(caller: Caller, address: int) -> bytes | None:
 
 def _is_root(caller: Caller, fd: int) -> bool:
     """Whether a descriptor is open on the root of a mount that the caller sees."""
-    mount_id = procfs.mount_id("self", fd)
+    mount_id = statx.mount_id(fd)
     path = caller.below_root(path_of(fd))
     return any(mount.id == mount_id and mount.path == path for mount in mounts.mounts(caller.tracee.pid))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ipe_emu.linux import mountinfo, procfs
+from ipe_emu.linux import mountinfo, statx
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 
 
 def mount_of(path: str) -> int:
     fd = os.open(path, os.O_PATH)
     try:
-        return procfs.mount_id("self", fd)
+        return statx.mount_id(fd)
     finally:
         os.close(fd)
 
@@ -62,7 +62,7 @@ def test_a_place_is_the_same_through_every_mount(tmp_path: Path) -> None:
     program = (
         "import os, sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
-        "from ipe_emu.linux import mountinfo, mounts, namespaces, procfs\n"
+        "from ipe_emu.linux import mountinfo, mounts, namespaces, statx\n"
         "top = Path(sys.argv[1])\n"
         "expected = mountinfo.locate(os.fsencode(top / 'data dir/below/file')).path\n"
         "namespaces.unshare(namespaces.Namespace.MOUNT)\n"
@@ -83,7 +83,7 @@ def test_a_place_is_the_same_through_every_mount(tmp_path: Path) -> None:
         "for name in ('data dir/below/file', 'bind/file'):\n"
         "    path = os.fsencode(top / name)\n"
         "    fd = os.open(path, os.O_PATH)\n"
-        "    found = mountinfo.OF_THIS_MACHINE.location(child, procfs.mount_id('self', fd), path)\n"
+        "    found = mountinfo.OF_THIS_MACHINE.location(child, statx.mount_id(fd), path)\n"
         "    assert found is not None and found.path == expected, (name, found)\n"
     )
     root = Path(__file__).parent.parent.parent

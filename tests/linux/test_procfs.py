@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipe_emu.linux import procfs, syscalls
+from ipe_emu.linux import procfs, statx, syscalls
 from ipe_emu.linux.capabilities import Capability
 
 
@@ -182,7 +182,9 @@ def test_the_namespace_of_a_process_in_another() -> None:
 def test_the_mount_of_a_descriptor() -> None:
     fd = os.open("/proc", os.O_PATH)
     try:
-        mount = procfs.mount_id("self", fd)
+        mount = procfs.mount_id(os.getpid(), fd)
+        assert statx.mount_id(fd) == mount
+        assert statx.unique_mount_id(fd) != mount
     finally:
         os.close(fd)
     assert any(line.startswith(f"{mount} ") for line in Path("/proc/self/mountinfo").read_text().splitlines())

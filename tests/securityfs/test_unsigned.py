@@ -17,6 +17,7 @@ from ipe_emu.linux.mountinfo import OF_THIS_MACHINE
 from ipe_securityfs.policy_file import PolicyFileReader
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, text
+from tests.securityfs.writing import write
 
 pytestmark = [pytest.mark.needs("fuse", "root", "busybox"), pytest.mark.timeout(60)]
 
@@ -37,16 +38,6 @@ def gate(known: Path) -> Iterator[Emulator]:
     shutil.copy(CAT, known / "cat")
     with mounted(known.parent / "m", "--boot-verified", known, kernel="op-policy") as emulator:
         yield emulator
-
-
-def write(node: Path, data: bytes) -> int:
-    fd = os.open(node, os.O_WRONLY)
-    try:
-        return os.write(fd, data)
-    except OSError as error:
-        return -(error.errno or 0)
-    finally:
-        os.close(fd)
 
 
 def shell(script: str, *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

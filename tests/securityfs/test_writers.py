@@ -18,6 +18,7 @@ from ipe_emu.linux import syscalls
 from tests.securityfs.conftest import Mount
 from tests.securityfs.emulator import Emulator, mounted
 from tests.securityfs.policies import policy, signed, text
+from tests.securityfs.writing import write
 
 pytestmark = [pytest.mark.needs("fuse", "root", "busybox"), pytest.mark.timeout(60)]
 
@@ -39,17 +40,6 @@ def python(code: str, *arguments: str | Path) -> int:
         "try:\n" + "".join(f"    {line}\n" for line in code.splitlines()) + "except OSError as e: sys.exit(e.errno)\n"
     )
     return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], timeout=30, check=False).returncode
-
-
-def write(path: Path, data: bytes) -> int:
-    """One write(2) by this process: the count, or minus the errno."""
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        return os.write(fd, data)
-    except OSError as error:
-        return -(error.errno or 0)
-    finally:
-        os.close(fd)
 
 
 # {file} holds a signed policy that fits in any writer's block, and is written to {node}.
