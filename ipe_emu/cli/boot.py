@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         options = BootOptions(
             profile=profile,
             devices=devices,
+            unshiftable="the file systems of its disks" if disks else None,
             make_ipe=lambda timeline: boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit),
             unpack=functools.partial(unpack, image.members),
             cmdline=os.fsencode(args.cmdline),

@@ -22,6 +22,8 @@ from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.rehearse import furnishing, keeper
 from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.staging import COMPOSED, DIRECTORIES, SESSION, STAGING
+from ipe_emu.volumes import helper
+from ipe_emu.volumes.recognise import Kind
 
 _UMOUNT_NOFOLLOW: Final = 8
 
@@ -97,6 +99,7 @@ class _Server:
             "node": self.node,
             "uncover": self.uncover,
             "furnish": self.furnish,
+            "mount-image": self.mount_image,
         }
         while (message := self.requests.receive()) is not None:
             try:
@@ -209,6 +212,19 @@ class _Server:
     def furnish(self, values: dict[str, Any], _fds: list[int]) -> None:
         """Make what devices have in the staged devtmpfs or sysfs."""
         furnishing.furnish(Path(values["root"]), values["steps"], self._as_machine_root)
+
+    def mount_image(self, values: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Mount the image ``fds[0]`` on a new staged directory; return its device number."""
+        place = Path(values["path"])
+        place.mkdir()
+        mounted = helper.mount(Kind(values["kind"]), values["program"], fds[0], place, values["source"])
+        if mounted.helper is not None:
+            os.close(mounted.helper)  # it ends with this process
+        try:
+            mounts.attach(mounted.mount, place)
+            return {"device": os.fstat(mounted.mount).st_dev}
+        finally:
+            os.close(mounted.mount)
 
     def _with_copy(self, source: Path, recursive: bool, use: Callable[[int], None]) -> None:
         tree = mounts.clone(source, recursive=recursive)

@@ -43,6 +43,7 @@ from ipe_emu.rehearse.console import Console
 from ipe_emu.rehearse.disks import TEXT_FILES, Disks
 from ipe_emu.rehearse.events import Timeline
 from ipe_emu.rehearse.facts import SuperblockFacts
+from ipe_emu.rehearse.file_systems import KINDS, BlockFileSystems
 from ipe_emu.rehearse.image import Unpacked
 from ipe_emu.rehearse.init_arguments import InitArguments
 from ipe_emu.rehearse.live import Live
@@ -160,6 +161,7 @@ class _Rehearsal:
     uname: Uname = field(init=False)
     modules: Modules = field(factory=Modules, init=False)
     disks: Disks = field(init=False)
+    file_systems: BlockFileSystems = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
     orders: Channel = field(init=False)
@@ -178,7 +180,11 @@ class _Rehearsal:
         self.console.on_sysrq = self.power.sysrq
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
-        self.mounting = Mounting(self.agent, self.timeline, EVERY_MACHINE_HAS)
+        devices = self.options.devices
+        self.file_systems = BlockFileSystems(devices, self.agent, self.superblocks, self.facts.by_device, _PID_DEPTH)
+        devices.refresh = self.file_systems.look_after
+        on_disks = dict.fromkeys(KINDS, self.file_systems) if any(self.options.devices) else {}
+        self.mounting = Mounting(self.agent, self.timeline, {**EVERY_MACHINE_HAS, **on_disks})
         self.uname = Uname(self.agent)
         self.disks = Disks(
             self.options.devices,
@@ -487,5 +493,7 @@ def _session(
         session.subtrees.add_text(b"keys", rehearsal.keyctl.proc_keys)
         rehearsal.disks.serve(session.subtrees, root, device)
         session.subtrees.add_text(b"modules", rehearsal.modules.listing)
-        session.subtrees.add_text(b"filesystems", lambda: "".join(FILE_SYSTEMS).encode())
+        rehearsal.file_systems.serve(session.subtrees, root)
+        listed = [*FILE_SYSTEMS, *(f"\t{kind}\n" for kind in KINDS if kind in rehearsal.mounting.emulators)]
+        session.subtrees.add_text(b"filesystems", lambda: "".join(listed).encode())
     return session

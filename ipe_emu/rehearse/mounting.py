@@ -229,8 +229,10 @@ class Mounting:
         ours = {mount_id}
         for mount in mounts.mounts(caller.tracee.pid):
             if mount.parent == mount_id:
-                is_mapper = (mount.device, mount.root) == (self.devices[SECURITYFS], MAPPER_ROOT)
-                if not is_mapper and stat.S_ISDIR(os.lstat(root + mount.path).st_mode):
+                is_ours = (mount.device, mount.root) == (self.devices[SECURITYFS], MAPPER_ROOT) or (
+                    mount.device == self.devices[PROC] and mount.root != b"/"  # a part that is read-only
+                )
+                if not is_ours and stat.S_ISDIR(os.lstat(root + mount.path).st_mode):
                     return True
                 ours.add(mount.id)  # a device, a text, or /dev/mapper
         namespace = procfs.namespace(caller.tracee.pid, "mnt")

@@ -11,7 +11,8 @@ from attrs import define, field
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.linux.mounts import Attribute
-from ipe_emu.rehearse.staging import DEVTMPFS
+from ipe_emu.rehearse.staging import DEVTMPFS, VOLUMES
+from ipe_emu.volumes.recognise import Kind
 
 
 @define(eq=False)
@@ -69,6 +70,15 @@ class Agent:
     def furnish(self, root: Path, steps: Sequence[Sequence[object]]) -> None:
         """Make directories, files, links and nodes below a staged directory; see `furnishing`."""
         self._ask("furnish", {"root": str(root), "steps": steps})
+
+    def mount_image(self, number: int, kind: Kind, program: str, image: int, source: str) -> tuple[Path, int]:
+        """Mount an image that is open as a staged file system; return where, and its st_dev.
+
+        ``program`` reads it (`volumes.helper.mount`), ``source`` is what /proc/mounts shows.
+        """
+        path = VOLUMES / str(number)
+        values = {"path": str(path), "kind": kind.value, "program": program, "source": source}
+        return path, self._ask("mount-image", values, [image])["device"]
 
     def device(self, name: str, source: Path) -> None:
         """Mount a copy of a staged file, or one of this machine, on a name that the devtmpfs has."""

@@ -24,7 +24,9 @@ DEVPTS: Final = STAGING / "devpts"
 EMPTY: Final = STAGING / "empty"
 #: One directory for each mount that is composed of several.
 COMPOSED: Final = STAGING / "composed"
+#: One directory for each file system of a block device.
+VOLUMES: Final = STAGING / "volumes"
 #: Where the machine's root file system is mounted until it is the root.
 ROOT: Final = STAGING / "root"
 
-DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, DEVPTS, CGROUP2, EMPTY, COMPOSED, ROOT)
+DIRECTORIES: Final = (SESSION, DEVTMPFS, SYSFS, PROC, DEVPTS, CGROUP2, EMPTY, COMPOSED, VOLUMES, ROOT)

@@ -175,7 +175,7 @@ def _be(arguments: Sequence[str], fds: Sequence[int], output: int, parent: int, 
     """Be the program. Never returns."""
     try:
         process.die_with_parent()
-        if os.getppid() != parent:
+        if os.getppid() not in {parent, 0}:  # 0: it is in the pid namespace above
             os._exit(1)  # it died before that took effect
         null = os.open(os.devnull, os.O_RDWR)
         _become([null, output, output, *fds])

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from attrs import define, field
@@ -78,8 +78,12 @@ class BlockDevice:
 
 @define(eq=False)
 class BlockDevices:
-    """All block devices of the machine. Safe for threads."""
+    """All block devices of the machine. Safe for threads.
 
+    ``refresh`` is called before anybody is told who has claimed what: whoever finds out late that a claim is over.
+    """
+
+    refresh: Callable[[], None] = field(default=lambda: None, repr=False)
     _devices: dict[int, BlockDevice] = field(factory=dict, init=False)
     _holders: dict[int, list[object]] = field(factory=dict, init=False)
     _disks: int = field(default=0, init=False)
@@ -146,6 +150,7 @@ class BlockDevices:
 
         KernelError EBUSY if somebody else has it, or its disk, or one of its partitions (``bd_may_claim()``).
         """
+        self.refresh()
         with self._lock:
             mine = self._holders.get(device.number, [])
             near = self.partitions_of(device) if device.whole is None else (device.whole,)
@@ -161,5 +166,6 @@ class BlockDevices:
 
     def claims(self, device: BlockDevice) -> int:
         """Return how often a device is claimed."""
+        self.refresh()
         with self._lock:
             return len(self._holders.get(device.number, ()))

@@ -1,0 +1,185 @@
+"""mount(2) of file systems on block devices: read-only, by programs of user space (`ipe_emu.volumes`).
+
+A device has one superblock, however often it is mounted (``get_tree_bdev()``). It is kept as long as the machine lives,
+so that its device number, by which facts are known, is never another one's.
+"""
+
+import errno
+import itertools
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from attrs import define, field
+
+from ipe_emu.errors import KernelError, NotJudgedError, UserError
+from ipe_emu.integrity.facts import Facts
+from ipe_emu.linux import mounts, procfs
+from ipe_emu.linux.mountinfo import Superblocks
+from ipe_emu.linux.mounts import Attribute
+from ipe_emu.linux.syscalls import AT_FDCWD
+from ipe_emu.rehearse.block.device import BlockDevice, BlockDevices
+from ipe_emu.rehearse.mounting import Found, MountRequest
+from ipe_emu.rehearse.requests import Agent
+from ipe_emu.volumes import programs
+from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
+
+if TYPE_CHECKING:
+    from ipe_securityfs.subtrees import Subtrees
+
+_PIECE: Final = 1 << 20
+#: Options that change nothing of what is read.
+_HARMLESS: Final = frozenset({
+    b"", b"ro", b"noload", b"norecovery", b"errors=continue", b"errors=remount-ro", b"errors=panic", b"threads=single",
+    b"data=ordered", b"barrier=1", b"nobarrier", b"user_xattr", b"acl", b"discard", b"nodiscard",
+})  # fmt: skip
+#: Types, as mount(2) and /proc/filesystems have them.
+KINDS: Final = {kind.value: kind for kind in Kind}
+
+
+@define(eq=False)
+class _Superblock:
+    """A file system on a device, mounted in the staging directory at ``path``."""
+
+    device: BlockDevice
+    kind: Kind
+    path: Path
+    number: str
+    #: Whether its device is claimed for it: it is mounted somewhere in the machine, as far as is known.
+    claimed: bool = True
+    #: Whether its mount in the machine is still to come.
+    being_mounted: bool = True
+
+
+@define(eq=False)
+class BlockFileSystems:
+    """Mounts what is on block devices (`mounting.MountEmulator`). ``serve`` must have been called before."""
+
+    devices: BlockDevices
+    agent: Agent
+    superblocks: Superblocks
+    facts: dict[str, Facts]
+    pid_depth: int
+    _subtrees: "Subtrees" = field(init=False, repr=False)
+    _root: int = field(default=-1, init=False)
+    #: The thread that answers system calls.
+    _answering: int = field(default=0, init=False)
+    _known: list[_Superblock] = field(factory=list, init=False)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
+    _names: Iterator[int] = field(factory=itertools.count, init=False, repr=False)
+
+    def serve(self, subtrees: "Subtrees", root: int) -> None:
+        """Tell through which session images are read; ``root`` is a descriptor of its root directory."""
+        self._subtrees, self._root = subtrees, root
+
+    def mount(self, request: MountRequest) -> Found:
+        """Return the file system on a device. KernelError as ``get_tree_bdev()`` and the file system's own mount.
+
+        NotJudgedError for options that could matter, and images that the programs cannot be trusted with.
+        """
+        device = self._device(request)
+        if unknown := [word for word in request.data.split(b",") if word not in _HARMLESS]:
+            raise NotJudgedError(f"the mount option {os.fsdecode(unknown[0])!r} of {request.kind}")
+        writable = not request.flags & Attribute.RDONLY
+        if writable and device.read_only:
+            raise KernelError(errno.EACCES, f"{device.name} is read-only", "bdev_file_open_by_path")
+        self._answering = threading.get_ident()
+        self.look_after()
+        found = next((known for known in self._known if known.device is device and known.claimed), None)
+        if found is None:
+            found = self._superblock(device, KINDS[request.kind], os.fsdecode(request.source))
+        elif found.kind is not KINDS[request.kind]:
+            raise KernelError(errno.EBUSY, f"{device.name} is mounted as {found.kind.value}", "bd_may_claim")
+        found.being_mounted = True
+        note = "read-only here" if writable and found.kind is Kind.EXT4 else ""
+        return Found(found.path, Attribute.NONE, note)
+
+    def look_after(self) -> None:
+        """Give devices back whose file systems nobody in the machine has mounted any more."""
+        with self._lock:
+            if threading.get_ident() == self._answering:  # who looks here has mounted what it was to mount
+                for known in self._known:
+                    known.being_mounted = False
+            claimed = [known for known in self._known if known.claimed and not known.being_mounted]
+            mounted = _mounted(self.pid_depth) if claimed else set()
+            for known in claimed:
+                if known.number not in mounted:
+                    known.claimed = False
+                    self.devices.release(known.device, known)
+
+    def _device(self, request: MountRequest) -> BlockDevice:
+        """Return the device that the source names to the caller (``lookup_bdev()``)."""
+        if not request.source:
+            raise KernelError(errno.EINVAL, "no source", "lookup_bdev")
+        st = os.fstat(request.caller.look_up(AT_FDCWD, request.source))
+        shown = os.fsdecode(request.source)
+        if not stat.S_ISBLK(st.st_mode):
+            raise KernelError(errno.ENOTBLK, f"{shown} is no block device", "lookup_bdev")
+        device = self.devices.find(st.st_rdev)
+        if device is None:
+            raise KernelError(errno.ENXIO, f"{shown}: no device has this number", "blkdev_get_no_open")
+        return device
+
+    def _superblock(self, device: BlockDevice, kind: Kind, source: str) -> _Superblock:
+        """Mount what is on a device in the staging directory; or find what was mounted of it before."""
+        earlier = next((known for known in self._known if known.device is device and known.kind is kind), None)
+        if earlier is not None:
+            self.devices.claim(device, earlier)
+            earlier.claimed = True
+            return earlier
+        new = _Superblock(device, kind, Path(), "")
+        self.devices.claim(device, new)  # before anybody looks what is on it
+        try:
+            self._check(device, kind)
+            number = next(self._names)
+            image = self._subtrees.add_image(b"file-system-%d" % number, device)
+            fd = os.open(b"images/" + image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._root)
+            try:
+                new.path, st_dev = self.agent.mount_image(number, kind, programs.needed(kind), fd, source)
+            finally:
+                os.close(fd)
+        except BaseException:
+            self.devices.release(device, new)
+            raise
+        new.number = f"{os.major(st_dev)}:{os.minor(st_dev)}"
+        self.superblocks.names[new.number] = device.name
+        self.facts[new.number] = device.facts
+        self._known.append(new)
+        return new
+
+    def _check(self, device: BlockDevice, kind: Kind) -> None:
+        """Refuse what a kernel refuses, and what the program for it would read otherwise than a kernel does."""
+        try:
+            if recognise(device.read, device.size) is not kind:
+                raise KernelError(errno.EINVAL, f"no {kind.value} on {device.name}", "get_tree_bdev")
+            check_mountable(kind, device.read, device.size, device.block_size)
+        except UserError as error:
+            raise KernelError(errno.EINVAL, f"{device.name} {error}", "get_tree_bdev") from None
+        if kind in programs.HIDES_ERRORS and device.facts.dmverity_roothash is not None:
+            try:
+                for offset in range(0, device.size, _PIECE):
+                    device.read(offset, _PIECE)
+            except KernelError as error:
+                raise NotJudgedError(
+                    f"{device.name} is corrupted, and what reads {kind.value} here would not say where: {error.reason}"
+                ) from None
+
+
+def _mounted(pid_depth: int) -> set[str]:
+    """Return the device numbers of all file systems that a process of the machine has mounted somewhere."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    for pid in procfs.processes():
+        try:
+            if len(procfs.process_ids(pid)) <= pid_depth:
+                continue
+            namespace = procfs.namespace(pid, "mnt")
+            if namespace not in seen:
+                found |= {f"{os.major(m.device)}:{os.minor(m.device)}" for m in mounts.mounts(pid)}
+                seen.add(namespace)
+        except (OSError, ValueError):
+            continue  # it ended
+    return found
