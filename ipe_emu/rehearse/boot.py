@@ -22,6 +22,7 @@ from ipe_emu.exec_hook.footing import Kind
 from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
+from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
 from ipe_emu.exec_hook.sandbox import Sandbox
@@ -157,6 +158,7 @@ class _Rehearsal:
     console: Console
     superblocks: Superblocks = field(factory=Superblocks, init=False)
     facts: SuperblockFacts = field(factory=SuperblockFacts, init=False)
+    known: Overlays = field(init=False)
     mounting: Mounting = field(init=False)
     uname: Uname = field(init=False)
     modules: Modules = field(factory=Modules, init=False)
@@ -175,6 +177,7 @@ class _Rehearsal:
     _switched: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.known = Overlays(self.facts, self.superblocks)
         self.power = Power(self._end)
         self.console.on_log = lambda line: self._log(_LEVEL.sub("", line))
         self.console.on_sysrq = self.power.sysrq
@@ -237,7 +240,7 @@ class _Rehearsal:
             self._serve_nodes(machine)
             exec_hook = hook.ExecHook(
                 ipe,
-                self.facts,
+                self.known,
                 self,
                 machine=user_namespace,
                 pid_depth=_PID_DEPTH,
@@ -478,7 +481,7 @@ def _session(
     descriptor, root = fuse
     mounted_as = MountedAs(
         Credentials(frozenset({user_namespace})),
-        rehearsal.facts,
+        rehearsal.known,
         removable_at=f"/proc/self/fd/{root}/{SECURITYFS.name}",
         device=device,
         pid_level=_PID_DEPTH,

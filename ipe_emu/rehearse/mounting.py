@@ -18,7 +18,7 @@ from ipe_emu.errors import KernelError
 from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.caller import Caller, path_of
 from ipe_emu.exec_hook.execve import read_path
-from ipe_emu.exec_hook.plan import Continue, Fail, Perform, Plan, Refuse
+from ipe_emu.exec_hook.plan import Continue, Fail, Perform, Plan
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.linux import mounts, procfs, statx
 from ipe_emu.linux.mounts import Attribute
@@ -134,26 +134,26 @@ class Mounting:
 
     # -- mount(2) ---------------------------------------------------------------------------------------------------
 
-    def _plan_mount(self, caller: Caller, args: tuple[int, ...]) -> Plan:
+    def _plan_mount(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
         flags = args[3]
         if flags & _MS_MGC_MSK == _MS_MGC_VAL:
             flags &= ~_MS_MGC_MSK
         if not caller.capable(CAP_SYS_ADMIN):
-            return Plan(Continue())
+            return None
         if flags & _MS_BIND and not flags & (_MS_REMOUNT | _MS_REC):
             return self._plan_bind(caller, args)
         if flags & (_MS_REMOUNT | _MS_BIND | _MS_MOVE | _MS_PROPAGATION):
-            return Plan(Continue())
+            return None
         kind = _string(caller, args[2])
         if kind is None:
             raise KernelError(errno.EINVAL, "no type of file system", "do_new_mount")
         if kind == binfmt_misc.NAME:
-            return Plan(Refuse("binfmt_misc, under which the kernel runs interpreters of its own choice"))
+            return None  # the exec hook refuses it
         name = os.fsdecode(kind)
         target = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[1]))
         emulator = self.emulators.get(name)
         if emulator is None and name in _NATIVE:
-            return Plan(Continue())
+            return None
         if emulator is None:
             reason = f"there is no file system of type {name!r} here: mount(2) failed with ENODEV"
             self.timeline.add(NotJudged(self.timeline.now, caller.subject, "mount", reason))
@@ -162,13 +162,13 @@ class Mounting:
         request = MountRequest(caller, source or b"", target, name, flags, data or b"")
         return Plan(Perform(lambda: self._mount(request, emulator)))
 
-    def _plan_bind(self, caller: Caller, args: tuple[int, ...]) -> Plan:
+    def _plan_bind(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
         """Plan MS_BIND alone, which leaves behind what is mounted on the source: ours is to come along."""
         source = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[0]))
         status = os.fstat(source)
         staged = next((path for path in (DEVTMPFS, PROC) if self.devices[path] == status.st_dev), None)
         if staged is None or not stat.S_ISDIR(status.st_mode):
-            return Plan(Continue())
+            return None
         target = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[1]))
         if _is_root(caller, source):
             return Plan(Perform(lambda: self._attach(caller, target, staged, Attribute.NONE)))
