@@ -13,14 +13,18 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from ipe_emu.errors import UserError
+from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.keyring import Keyrings
 from ipe_emu.linux import mountinfo, procfs
+from ipe_emu.lsm import Ipe
 from ipe_emu.policy.evaluate import Match
 from ipe_emu.policy.rule import Action, Operation
+from ipe_emu.profiles import PROFILES
 from ipe_securityfs import client, control, wire
 from ipe_securityfs.client import Connection, RemoteIpe, RequestError
+from ipe_securityfs.service import AuditTap, Service
 from tests.securityfs.conftest import Mount
 from tests.securityfs.emulator import Emulator, environment
 from tests.securityfs.policies import policy, text
@@ -84,6 +88,31 @@ def test_facts_are_resolved_by_the_emulator(mount: Mount, tmp_path: Path) -> Non
         assert judge.facts_of(place, known.stat(), lambda: -1).boot_verified
         assert not judge.facts_of(evolve(place, device="0:0"), known.stat(), lambda: -1).boot_verified
         assert not judge.facts_of(None, known.stat(), lambda: -1).boot_verified
+
+
+class Doubtful:
+    """A source that is not certain of anything."""
+
+    def facts_of(self, *_: object) -> Facts:
+        raise NotJudgedError("who knows")
+
+
+@pytest.mark.parametrize("request_", ["decide", "facts"])
+def test_what_cannot_be_judged_is_said_as_that(request_: str) -> None:
+    ipe = Ipe(Keyrings(), lambda record: None, PROFILES["linux-7.3"], enforce=True, success_audit=False)
+    service = Service(ipe, Doubtful(), AuditTap(ipe), {}, lambda: None, lambda namespace: lambda: None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer = control.Peer(os.getpid(), 0, 0)
+        connection = Connection("/somewhere", wire.Lines(ours), peer)
+        place = wire.location_out(mountinfo.locate(b"/etc/passwd"))
+        status = wire.stat_out(Path("/etc/passwd").stat())
+        fields = {"operation": "EXECUTE", "path": "/etc/passwd", "place": place, "stat": status}
+        answer = service.handle({"request": request_, **fields}, peer, wire.Lines(theirs))
+        assert answer is not None
+        wire.Lines(theirs).send(answer)
+        with pytest.raises(NotJudgedError, match="who knows"):
+            connection.request(request_, **fields)
 
 
 def test_a_remote_judge_decides_as_the_emulator(emulator: Emulator, connection: Connection) -> None:
