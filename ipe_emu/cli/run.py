@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ipe_emu.cli.audit_log import audit_file, open_audit_log
 from ipe_emu.cli.mounted import connect, status_of
 from ipe_emu.cli.options import add_lsm_options, build_ipe, declared_of, described_machine
-from ipe_emu.cli.output import announce, escape
+from ipe_emu.cli.output import announce, escape, say
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.cli.verity.images import JOBS
 from ipe_emu.cli.verity.progress import progress_bar
@@ -118,12 +118,16 @@ def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
 
 def _directory(path: str) -> "Place":
     """Where a directory that stands for a file system with fs-verity lies; UserError if it is none."""
+    from ipe_emu.integrity.fsverity import FILE_SYSTEMS
     from ipe_emu.linux import mountinfo
 
     try:
         real = os.path.realpath(os.fsencode(path), strict=True)
         if not os.path.isdir(real):  # noqa: PTH112 - bytes paths: names need not be UTF-8
             raise UserError(f"--sealable {escape(path)}: not a directory")
-        return mountinfo.locate(real)
+        place = mountinfo.locate(real)
     except OSError as error:
         raise UserError(f"--sealable {escape(path)}: {error.strerror}") from None
+    if place.kind not in FILE_SYSTEMS:
+        say(f"--sealable {escape(path)}: no kernel has fs-verity on {place.kind}; it stands for one that can have it")
+    return place

@@ -15,6 +15,8 @@ from ipe_emu.integrity.facts import Digest
 from ipe_emu.integrity.hash_workers import Progress, hash_file, no_progress
 from ipe_emu.integrity.merkle import BlockWriter, Shape, TreeBuilder, nothing_written
 
+#: The file systems that keep seals. FUSE passes the ioctls on to whoever serves it, for whom nobody vouches.
+FILE_SYSTEMS = frozenset({"btrfs", "ext4", "f2fs"})
 #: The hash algorithms fs-verity knows, with their numbers in struct fsverity_descriptor.
 HASH_ALGORITHMS = {"sha256": 1, "sha512": 2}
 DEFAULT_BLOCK_SIZE = 4096

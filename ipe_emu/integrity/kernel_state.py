@@ -4,18 +4,15 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 from attrs import define, evolve, field
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.integrity.dm_verity.table import VerityTable
 from ipe_emu.integrity.facts import Digest, Facts
-from ipe_emu.integrity.fsverity import MAX_SIGNATURE_SIZE, sealed_digest
+from ipe_emu.integrity.fsverity import FILE_SYSTEMS, MAX_SIGNATURE_SIZE, sealed_digest
 from ipe_emu.integrity.sources import FactsSource, OpenFile, Place
-
-#: The file systems that keep seals. FUSE passes the ioctls on to whoever serves it, for whom nobody vouches.
-_WITH_FSVERITY: Final = frozenset({"btrfs", "ext4", "f2fs"})
 
 
 class Kernel(Protocol):
@@ -57,7 +54,7 @@ class KernelState:
             return facts
         if facts.dmverity_roothash is None:
             facts = self._with_device(facts, place.device)
-        if facts.fsverity_digest is None and stat.S_ISREG(st.st_mode) and place.kind in _WITH_FSVERITY:
+        if facts.fsverity_digest is None and stat.S_ISREG(st.st_mode) and place.kind in FILE_SYSTEMS:
             facts = self._with_seal(facts, st, open_file)
         return facts
 

@@ -144,6 +144,12 @@ def test_what_stands_for_a_file_system_with_fs_verity_is_a_directory(tmp_path: P
     assert f"--sealable {tmp_path}/{name}: {fault}" in done.stderr.decode()
 
 
+def test_a_file_system_that_no_kernel_seals_files_on_is_named() -> None:
+    done = spawn("run", "--sealable", "/dev/shm", "--", "true")
+    assert done.returncode == 0, done.stderr
+    assert b"--sealable /dev/shm: no kernel has fs-verity on tmpfs" in done.stderr
+
+
 def test_a_mounted_emulator_seals_nothing(tmp_path: Path) -> None:
     done = spawn("run", "--attach", str(tmp_path), "--sealable", str(tmp_path), "--", "true")
     assert done.returncode == 2
