@@ -243,6 +243,34 @@ def test_a_script_seals_with_the_tool_that_is_meant_for_it(who: Runner, place: P
     assert (place / "descriptor").read_bytes() == (place / "desc").read_bytes()
 
 
+def test_an_overlay_shows_the_seals_of_its_layers_files(who: Runner, place: Path) -> None:
+    """As Linux 6.12 and 7.3 do, until a file is copied up."""
+    owner = UID if who.plain_user else 0
+    for name in ("lower", "upper", "work", "overlay"):
+        (place / name).mkdir()
+        os.chown(place / name, owner, owner)
+    for name in ("sealed", "other"):
+        (place / "lower" / name).write_bytes(Path("/bin/true").read_bytes() + name.encode())
+        (place / "lower" / name).chmod(0o755)
+        os.chown(place / "lower" / name, owner, owner)
+    digest = fsverity("digest", "--compact", place / "lower/sealed")
+    (place / "boot.pol").write_text(POLICY.format(digest=f"sha256:{digest}"))
+    script = """
+        fsverity enable lower/sealed && fsverity enable lower/other
+        mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay
+        for f in sealed other; do overlay/$f; echo $f $?; done
+        fsverity measure overlay/sealed
+        chmod 700 overlay/sealed
+        overlay/sealed; echo copied up $?
+        lower/sealed; echo below $?
+    """
+    options = ("--boot-policy", "boot.pol", "--boot-verified", "/usr", "--sealable", "lower")
+    done = who.run("run", *options, "--", "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sealed 0", "other 126", "copied up 126", "below 0"], done.stderr
+    assert "FS_IOC_MEASURE_VERITY failed on 'overlay/sealed': " in done.stderr
+
+
 def fsverity(*arguments: object) -> str:
     command = ["fsverity", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
