@@ -26,7 +26,7 @@ def add_parser(commands: Subparsers, line: str) -> None:
         "boot",
         line,
         run,
-        usage="ipe-emu boot [options] IMAGE",
+        usage="ipe-emu boot [options] IMAGE [IMAGE ...]",
         description=(
             "Boot an initramfs image as a machine would, from the kernel's execution of /init on, with the emulated IPE"
             " judging every execution. No root and no virtual machine is needed, and nothing in the image is changed."
@@ -37,7 +37,13 @@ ipe-emu boot --boot-policy boot.pol --cmdline 'ipe.success_audit=1' initrd.img
 ipe-emu boot --kernel linux-7.3 --boot-policy boot.pol --builtin-keys signer.pem --until switch-root initrd.img
 ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd.img""",
     )
-    parser.add_argument("image", metavar="IMAGE", help="an initramfs, a UKI, or a directory as an initramfs has it")
+    parser.add_argument(
+        "image",
+        nargs="+",
+        metavar="IMAGE",
+        help="a UKI, a directory as an initramfs has it, or initramfs files, put behind each other as boot loaders do",
+    )
+    parser.add_argument("--uki-profile", type=int, metavar="N", help="which profile of a UKI (default: @0, if any)")
     parser.add_argument(
         "--until",
         choices=("exit", "switch-root"),
@@ -81,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     devices = BlockDevices()
     disks = [Disk.parse(text) for text in args.disk]
     attach(disks, devices)
-    reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
-    with open_image([args.image], profile) as image:
+    with open_image(args.image, profile, uki_profile=args.uki_profile) as image:
+        reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
         args.cmdline = args.cmdline or image.cmdline or ""
         options = BootOptions(
             profile=profile,

@@ -270,7 +270,7 @@ cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT 
         programs=("/usr/bin/bash", "/usr/bin/env", "/usr/bin/true"),
     ),
     Boot("an init that may not be executed", _OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{_OFF}"}, mode=0o644),
-    Boot("an init that ends", "echo OUT going\nexit 3\n"),
+    Boot("an init that ends", "echo OUT going\nsleep 1\nexit 3\n"),
     Boot("another init", "echo OUT not this one\n", {"etc/other": f"#!/bin/sh\necho OUT $0 $1\n{_OFF}"},
          cmdline=("rdinit=/etc/other", "--", "argument")),
 )  # fmt: skip
