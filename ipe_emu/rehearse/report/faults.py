@@ -7,7 +7,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.policy.rule import Operation, Policy
-from ipe_emu.rehearse.events import ControlFailed, Event, Judged, Panicked, PolicyLoaded, Rebooted
+from ipe_emu.rehearse.events import ControlFailed, Event, Judged, Message, Panicked, PolicyLoaded, Rebooted
 
 _SIGNED: Final = b"\x30"
 #: What a policy, or the path of one, begins with.
@@ -163,6 +163,15 @@ def of_end(event: Panicked | Rebooted) -> str | None:
         return f"init was killed by signal {status & 0x7F}"
     said = {126: ": a program could not be executed", 127: ": a program was not found"}
     return f"init ended, with status {status >> 8}{said.get(status >> 8, '')}"
+
+
+def of_message(event: Message) -> str | None:
+    """Name what is behind a line of the kernel's log: a verity volume that is not what its root hash vouches for."""
+    if not event.text.startswith("device-mapper: verity:") or "corrupted" not in event.text:
+        return None
+    if "root hash is" in event.text:
+        return "root hash of another image, or a tampered volume"
+    return "tampered volume"
 
 
 def _trusts_another_root_hash(policy: Policy | None) -> bool:

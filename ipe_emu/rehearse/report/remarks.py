@@ -15,6 +15,7 @@ def warnings(happened: Sequence[Event], final: Policy | None) -> Iterator[str]:
     yield from _image(happened)
     if final is None:
         yield "no policy is active at the end: everything is allowed, and nothing is audited"
+    yield from _corruption(happened)
     yield from _enforcement(happened)
     series = faults.series_of_writes(happened)
     yield from _ignored_failures(happened, series)
@@ -34,6 +35,11 @@ def _image(happened: Sequence[Event]) -> Iterator[str]:
             yield f"the image ends within {event.cut}, and the kernel says nothing of it"
         yield from event.left_out
         yield from event.differences
+
+
+def _corruption(happened: Sequence[Event]) -> Iterator[str]:
+    messages = (event for event in happened if isinstance(event, events.Message))
+    yield from dict.fromkeys(f"{name}: {event.text}" for event in messages if (name := faults.of_message(event)))
 
 
 def _enforcement(happened: Sequence[Event]) -> Iterator[str]:

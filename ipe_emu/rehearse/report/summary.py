@@ -165,6 +165,8 @@ def _headline(judged: Verdict, standings: Sequence[tuple[Event, Standing]], seri
     if judged.result is Result.PROGRAM_FAILED:
         images = (event for event, _ in standings if isinstance(event, events.ImageUnpacked))
         name = next((f"the image was not unpacked: {image.fault}" for image in images if image.fault), None)
+        messages = (event for event, _ in standings if isinstance(event, events.Message))
+        name = name or next(filter(None, map(faults.of_message, messages)), None)
     if name is None:
         name = next((_name_of(event, standing, series) for event, standing in standings if event is judged.event), None)
     return ": ".join(part for part in (judged.result.value, name, judged.reason) if part)

@@ -31,7 +31,8 @@ from tests.rehearse.report.boots import (
 )
 
 TEXT = b"policy_name=x policy_version=1.0.0\n"
-TAMPERED = "device-mapper: verity: 254:0: data block 7 is corrupted"
+TAMPERED = "device-mapper: verity: 254:0: data block 7 (at byte 28672) is corrupted: its digest is 00, and not 01"
+ANOTHER = "device-mapper: verity: 254:0: root hash is 00, not 01: another image's, or the topmost block is corrupted"
 
 FAULTS: dict[str, tuple[Sequence[Event], Result, str]] = {
     "unsigned": (
@@ -95,6 +96,16 @@ FAULTS: dict[str, tuple[Sequence[Event], Result, str]] = {
     "killed": (
         [*initramfs_phase(), events.Panicked(0.4, None, "Attempted to kill init! exitcode=0x0000000b")],
         Result.PROGRAM_FAILED, "init was killed by signal 11",
+    ),
+    "tampered": (
+        [*initramfs_phase(), events.Message(0.2, None, TAMPERED),
+         events.Panicked(0.4, None, "Attempted to kill init! exitcode=0x00000100")],
+        Result.PROGRAM_FAILED, "tampered volume",
+    ),
+    "another-root-hash": (
+        [*initramfs_phase(), events.Message(0.2, None, ANOTHER),
+         events.Panicked(0.4, None, "Attempted to kill init! exitcode=0x00000100")],
+        Result.PROGRAM_FAILED, "root hash of another image",
     ),
     "image": (
         [started(), events.ImageUnpacked(0.0, None, 3, 9, fault="broken padding (at byte 7)"),
@@ -175,6 +186,10 @@ def test_denials_are_told_once_with_rule_facts_and_reason() -> None:
 @pytest.mark.parametrize(
     ("happened", "warning"),
     [
+        (
+            [started(), events.Message(0.1, None, TAMPERED)],
+            "tampered volume: device-mapper: verity: 254:0: data block 7",
+        ),
         ([started(None)], "no policy is active at the end"),
         ([started(enforce=False)], "starts permissive (enforce=0)"),
         ([started(), events.EnforceChanged(0.1, SHELL, enforce=False)], "switched off (by sh, after 0.100 s)"),
