@@ -1,6 +1,6 @@
 # Every target does all its own set-up: a fresh clone, python3 (3.11 or newer), make and git are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak reference-kernel conformance clean
+.PHONY: help setup demo test lint bench soak reference-kernel conformance vectors clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-16s %s\n' "$$target" "$$text"; done
@@ -28,6 +28,9 @@ reference-kernel: setup ## build the real kernels to compare with (User-Mode Lin
 
 conformance: setup ## put generated sequences to the real kernels and to the emulator (as root; half an hour)
 	@.venv/bin/python -m scripts.conformance
+
+vectors: setup ## record anew in tests/vectors what the real kernels answer
+	@.venv/bin/python -m scripts.vectors
 
 clean: ## remove .venv/ and every cache
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis ipe_emu.egg-info

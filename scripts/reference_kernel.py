@@ -38,6 +38,8 @@ _NEEDED = {
     "/usr/include/openssl/ssl.h": "libssl-dev", "/usr/include/libelf.h": "libelf-dev",
     str(KEYRING): "debian-archive-keyring",
 }  # fmt: skip
+#: What the recorded kernels of a series had besides; the next one has no such option (profiles.unavailable_hashes).
+_MORE = {"6.12": "CONFIG_CRYPTO_SM3_GENERIC=y\n"}
 #: file, what is there, what it becomes. A CPU with AMX has 11,264 bytes of registers, and with room for fewer init dies
 #: of "ptrace set fp regs failed". (Linux 7.3 asks the CPU.)
 _PATCHES = (("arch/x86/um/user-offsets.c", "DEFINE_LONGS(HOST_FP_SIZE, 2696)", "DEFINE_LONGS(HOST_FP_SIZE, 11264)"),)
@@ -81,9 +83,9 @@ def cache() -> Path:
 
 
 @functools.cache
-def configuration_digest() -> str:
-    """What a kernel depends on besides its source: fragment, boot policy, keys and patches."""
-    digest = hashlib.sha256(repr(_PATCHES).encode())
+def configuration_digest(series: str) -> str:
+    """What a kernel depends on besides its source: configuration, boot policy, keys and patches."""
+    digest = hashlib.sha256(repr(_PATCHES).encode() + _MORE.get(series, "").encode())
     for path in (FRAGMENT, BOOT_POLICY, TRUSTED_KEYS):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -91,7 +93,7 @@ def configuration_digest() -> str:
 
 def built(series: str) -> Kernel | None:
     """The newest kernel of a series that is in the cache with this configuration."""
-    found = [*cache().glob(f"linux-{series}_*_{configuration_digest()}/linux")]
+    found = [*cache().glob(f"linux-{series}_*_{configuration_digest(series)}/linux")]
     return Kernel(series, max(found, key=lambda program: program.stat().st_mtime)) if found else None
 
 
@@ -212,12 +214,14 @@ def _unpack(package: Path, series: str, directory: Path) -> Path:
     return directory / f"linux-source-{series}"
 
 
-def _configure(source: Path) -> None:
+def _configure(source: Path, series: str) -> None:
     for name, before, after in _PATCHES:
         file = source / name
         file.write_text(file.read_text().replace(before, after))
     wanted = (
-        FRAGMENT.read_text() + f'CONFIG_IPE_BOOT_POLICY="{BOOT_POLICY}"\nCONFIG_SYSTEM_TRUSTED_KEYS="{TRUSTED_KEYS}"\n'
+        FRAGMENT.read_text()
+        + _MORE.get(series, "")
+        + f'CONFIG_IPE_BOOT_POLICY="{BOOT_POLICY}"\nCONFIG_SYSTEM_TRUSTED_KEYS="{TRUSTED_KEYS}"\n'
     )
     (source / "kernel" / "configs" / "ipe-emu.config").write_text(wanted)
     _make(source, "tinyconfig", "ipe-emu.config")
@@ -260,13 +264,13 @@ def build(series: str, apt: Apt, directory: Path) -> Kernel:
     """Build the newest kernel of a series, unless it is there. NotReachableError where it cannot be had."""
     package = f"linux-source-{series}"
     version = apt.newest(package)
-    home = cache() / f"linux-{series}_{version.replace(':', '%')}_{configuration_digest()}"
+    home = cache() / f"linux-{series}_{version.replace(':', '%')}_{configuration_digest(series)}"
     kernel = Kernel(series, home / "linux")
     if kernel.program.exists():
         return kernel
     say(f"fetching {package} {version}")
     source = _unpack(apt.download(package, version), series, directory)
-    _configure(source)
+    _configure(source, series)
     say(f"building Linux {version} for user mode (some minutes)")
     _make(source, "linux")
     subprocess.run(["strip", source / "linux"], check=True)
