@@ -1,6 +1,6 @@
 """Put generated sequences to real kernels and to the emulator, and compare every answer and every audit record.
 
-usage: python -m scripts.conformance [--seed N] [--sequences N] [--steps N] [--kernel SERIES] [--way mount|run]
+usage: python -m scripts.conformance [--seed N] [--sequences N] [--steps N] [--kernel SERIES] [--way WAY]
 
 The kernels are User-Mode Linux (scripts/reference_kernel.py), built first where they are missing. A difference is
 shrunk and printed as a script. The same seed gives the same sequences; --batch repeats one batch of a run.
@@ -19,12 +19,11 @@ from attrs import frozen
 from scripts import reference_kernel
 from tests.conformance import known
 from tests.conformance.compare import Count, Difference, compare
-from tests.conformance.generate import Generator, Step
+from tests.conformance.generate import WAYS, Generator, Step
 from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, UserModeLinux
 from tests.conformance.shell_script import shell_script
 from tests.conformance.shrink import shrink
 
-WAYS = ("mount", "run")
 PER_BATCH = 40
 
 
@@ -43,12 +42,14 @@ class Batch:
     @property
     def emulator(self) -> MountedEmulator:
         """The emulator that is asked."""
-        return RunningEmulator(self.profile) if self.way == "run" else MountedEmulator(self.profile)
+        if self.way in ("run", "volumes"):
+            return RunningEmulator(self.profile, on_volumes=self.way == "volumes")
+        return MountedEmulator(self.profile)
 
     @property
     def known(self) -> tuple[known.Explanation, ...]:
         """What is in the README's table."""
-        return known.RUN if self.way == "run" else known.MOUNT
+        return known.RUN if self.way in ("run", "volumes") else known.MOUNT
 
     def describe(self) -> str:
         """What it compared, and how to repeat it."""
@@ -56,13 +57,12 @@ class Batch:
 
     def compare(self, sequences: list[list[Step]]) -> tuple[Count, list[Difference]]:
         """Put sequences to both machines."""
-        return compare(self.kernel, self.emulator, sequences, self.known)
+        return compare(self.kernel, self.emulator, sequences, self.known, judging=self.way != "tools")
 
     def run(self) -> tuple[Count, list[Difference]]:
         """Generate the sequences, and put them to both machines."""
         generator = Generator(self.seed * 1_000_003 + self.number)
-        executing = self.way == "run"
-        return self.compare([generator.sequence(self.steps, executing=executing) for _ in range(self.sequences)])
+        return self.compare([generator.sequence(self.steps, way=self.way) for _ in range(self.sequences)])
 
     def shrunk(self, difference: Difference) -> Difference | None:
         """The smallest sequence that shows a difference; None where the sequence alone shows none."""
@@ -87,7 +87,7 @@ def batches(options: argparse.Namespace, kernels: list[reference_kernel.Kernel])
         kernel = kernels[number % len(kernels)]
         way = ways[number // len(kernels) % len(ways)]
         size = min(PER_BATCH, left)
-        machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}")
+        machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}", on_volumes=way == "volumes")
         yield Batch(options.seed, number, machine, kernel.profile, way, size, options.steps)
         left -= size
         number += 1

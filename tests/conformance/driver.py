@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, call
+from tests.conformance import volumes
 from tests.conformance.audit import AuditSource, KernelAudit, LogAudit
 from tests.securityfs.acting import Actor, encoded, failed
 from tests.securityfs.identities import become
@@ -109,6 +110,24 @@ class Driver(Actor):
             os.write(fd, data)
         finally:
             os.close(fd)
+
+    def do_load(self, step: Step) -> Any:
+        """Write to new_policy; what that loaded is looked at and deleted again."""
+        before = set(os.listdir(self.root / "ipe/policies"))
+        try:
+            fd = os.open(self.root / "ipe/new_policy", os.O_WRONLY)
+            try:
+                answer: Answer = {"ok": os.write(fd, base64.b64decode(step["data"]))}
+            finally:
+                os.close(fd)
+        except OSError as error:
+            answer = failed(error)
+        for name in set(os.listdir(self.root / "ipe/policies")) - before:
+            directory = self.root / "ipe/policies" / name
+            answer["name"] = (directory / "name").read_bytes().decode("latin-1")
+            answer["version"] = (directory / "version").read_text()
+            (directory / "delete").write_bytes(b"1")
+        return answer
 
     def do_write(self, step: Step) -> Any:
         try:
@@ -300,9 +319,9 @@ def run(batch: list[list[Step]], root: Path, audit: AuditSource) -> list[list[An
     return answers
 
 
-def make_places() -> None:
+def make_places(*, on_volumes: bool) -> None:
     """The places that decisions are about, beside /mnt/initramfs which is there already."""
-    for name in ("tmpfs", "scratch", "upper", "bind", "overlay", "noexec", "links"):
+    for name in ("tmpfs", "upper", "bind", "overlay", "noexec", "links"):
         os.mkdir(f"/mnt/{name}")
     for name in ("tmpfs", "scratch", "upper"):
         call("mount", b"tmpfs", f"/mnt/{name}".encode(), b"tmpfs", 0, b"mode=755")
@@ -320,14 +339,26 @@ def make_places() -> None:
         os.symlink(original, f"/mnt/links/{name}")
     os.utime("/mnt/overlay/bin/script")  # a copy of it is in the upper layer now
     os.symlink("/mnt/tmpfs/true", "/mnt/links/via_tmpfs")
+    if on_volumes:
+        for name in ("overlay-dmvs", "upper/files2", "upper/work2"):
+            os.mkdir(f"/mnt/{name}")
+        layers = b"lowerdir=/mnt/dmvs,upperdir=/mnt/upper/files2,workdir=/mnt/upper/work2"
+        call("mount", b"overlay", b"/mnt/overlay-dmvs", b"overlay", 0, layers)
+        os.utime("/mnt/overlay-dmvs/bin/script")
 
 
 def main(arguments: list[str]) -> None:
     batch, answers, root, source, *executing = arguments
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     audit: AuditSource = KernelAudit(os.getpid()) if source == "netlink" else LogAudit(Path(source))
+    Path(SCRATCH).mkdir()
     if executing:
-        make_places()
+        opened = volumes.read(Path(batch).with_name("volumes.json"))
+        for number, volume in enumerate(opened):
+            if source == "netlink":  # the emulator has mounted them already
+                Path(f"/mnt/{volume.name}").mkdir()
+                volume.open(2 * number)
+        make_places(on_volumes=bool(opened))
     done = run(json.loads(Path(batch).read_text()), Path(root), audit)
     Path(answers).write_text(json.dumps(done))
 

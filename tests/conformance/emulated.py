@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conformance import driver, machines
+from tests.conformance import driver, machines, volumes
 from tests.securityfs.emulator import mounted
 from tests.vectors import BOOT_POLICY, KEYS
 
@@ -30,8 +30,13 @@ def main(arguments: list[str]) -> int:
     machines.fill(Path("/mnt/initramfs"))
     log = Path(work, "audit")
     log.touch()
+    opened = volumes.read(Path(work, "volumes.json"))
+    for volume in opened:
+        os.mkdir(f"/mnt/{volume.name}")  # noqa: PTH102
     command = [
-        sys.executable, "-m", "ipe_emu", "run", "--kernel", profile, "--boot-policy", str(BOOT_POLICY),
+        sys.executable, "-m", "ipe_emu", "run",
+        *(f"--volume={volume.option}" for volume in opened),
+        "--kernel", profile, "--boot-policy", str(BOOT_POLICY),
         "--builtin-keys", str(KEYS / "builtin-trusted.pem"), "--boot-verified", "/mnt/initramfs",
         "--cmdline", "ipe.enforce=0", "--audit-log", "/mnt/batch/audit", "--",
         sys.executable, "-m", "tests.conformance.driver", batch, answers, "/sys/kernel/security", "/mnt/batch/audit",

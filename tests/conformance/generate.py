@@ -1,7 +1,7 @@
 """Sequences of steps from a seed: policies, nodes and descriptors for a mount; executions and tools too for run.
 
-Left out is what the README's table lists as answered by FUSE itself: reads and writes of no octets, lseek, and a write
-of exactly 4 MiB.
+Left out is what the README's table lists as answered by FUSE itself: lseek, reads and writes of no octets beside a
+mount, and a write of exactly 4 MiB.
 """
 
 import base64
@@ -13,6 +13,9 @@ from tests.conformance.payloads import DIGESTS, SIGNERS, Payload, octets
 
 Step = dict[str, Any]
 
+#: What a sequence is for: a mounted emulator with system calls alone, or with shells and tools as well; or ``run``,
+#: without and with volumes on dm-verity.
+WAYS = ("mount", "tools", "run", "volumes")
 #: Sequences are numbered from here, with two digits: their policies' versions rise with them, so that the policy that a
 #: sequence starts with can always be activated.
 FIRST, LAST = 10, 99
@@ -34,6 +37,12 @@ PROPERTIES = (
     "fsverity_signature=TRUE", "fsverity_signature=FALSE", "dmverity_roothash=sha256:" + "ab" * 32,
     "fsverity_digest=sha256:" + "cd" * 32, "dmverity_roothash=sha1:" + "01" * 20,
 )  # fmt: skip
+VOLUME_PROPERTIES = (
+    "dmverity_roothash={dmv}", "dmverity_roothash={dmvs}", "dmverity_roothash={dmv512}", "dmverity_signature=TRUE",
+    "dmverity_signature=FALSE",
+)  # fmt: skip
+PLACES = ("initramfs/bin", "initramfs/bin", "tmpfs", "bind", "overlay/bin", "overlay/bin", "noexec", "links")
+VOLUME_PLACES = ("dmv/bin", "dmvs/bin", "dmv512/bin", "overlay-dmvs/bin")
 BAD_PROPERTIES = (
     "boot_verified=true", "boot_verified", "boot_verified=TRUE=FALSE", "dmverity_roothash=sha256",
     "fsverity_digest=:ab",
@@ -72,31 +81,46 @@ class Generator:
         self.random = random.Random(seed)
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, way: str = "mount") -> None:
+        self._properties = PROPERTIES + (VOLUME_PROPERTIES * 2 if way == "volumes" else ())
+        self._places = PLACES + (VOLUME_PLACES * 3 if way == "volumes" else ())
         # What is probably there, so that most steps find what they ask for: names of policies, and open descriptors.
         self._loaded = [PRECIOUS]
         self._open: list[str] = []
 
-    def sequence(self, length: int, *, executing: bool) -> list[Step]:
-        """A sequence of ``length`` steps; with ``executing``, programs are run and files mapped as well."""
-        self._begin()
+    def sequence(self, length: int, *, way: str) -> list[Step]:
+        """A sequence of ``length`` steps, for one of `WAYS`."""
+        self._begin(way)
         kinds = [
             (self.load, 16), (self.update, 12), (self.boolean, 12), (self.activate, 12), (self.delete, 5), (self.read,
             14),
             (self.look, 9), (self.open, 9), (self.use_descriptor, 15), (self.attributes, 5), (self.not_there, 3),
         ]  # fmt: skip
-        if executing:
+        if way == "tools":
+            kinds += [(self.shell, 40)]
+        if way in ("run", "volumes"):
             kinds += [
                 (self.shell, 12), (self.execute, 30), (self.map_memory, 12), (self.module, 3), (self.copy, 4),
-                (self.without_memory, 3),
+                (self.without_memory, 3), (self.of_nothing, 3),
             ]  # fmt: skip
         makers, weights = zip(*kinds, strict=True)
-        start = self._lenient_start() if executing and self.random.random() < 0.5 else []
-        return start + [self.random.choices(makers, weights)[0]() for _ in range(length - len(start))]
+        steps = self._start(way) if way in ("run", "volumes") and self.random.random() < 0.5 else []
+        while len(steps) < length:
+            step = self.random.choices(makers, weights)[0]()
+            # Beside a mount nothing that is executed is judged: the kernel stays permissive, so that its shells run.
+            if way != "tools" or "enforce" not in step.get("path", "") + step.get("script", ""):
+                steps.append(step)
+        return steps
 
-    def _lenient_start(self) -> list[Step]:
-        """Activate a policy under which the shells of the host can be executed, and record what is allowed."""
+    def _start(self, way: str) -> list[Step]:
+        """Activate a policy under which something can be executed, most often the host's shells; record all of it."""
         body = self.random.choice((
+            "DEFAULT action=DENY\nop=EXECUTE dmverity_signature=TRUE action=ALLOW\nop=EXECUTE boot_verified=TRUE"
+            " action=ALLOW\n",
+            "DEFAULT action=ALLOW\nop=EXECUTE dmverity_roothash={dmv512} action=DENY\nop=KMODULE"
+            " dmverity_signature=TRUE action=DENY\nop=EXECUTE dmverity_roothash={dmvs} dmverity_signature=FALSE"
+            " action=DENY\n",
+        ) if way == "volumes" and self.random.random() < 0.7 else (
             "DEFAULT action=ALLOW\n",
             "DEFAULT action=DENY\nDEFAULT op=EXECUTE action=ALLOW\n",
             "DEFAULT action=ALLOW\nop=EXECUTE boot_verified=TRUE action=DENY\nop=KMODULE action=DENY\n",
@@ -135,7 +159,7 @@ class Generator:
             )
         if chance < 0.2:
             return f"DEFAULT op={self.random.choice(OPERATIONS)} action={self.random.choice(('ALLOW', 'DENY'))}"
-        properties = self.random.sample(PROPERTIES, self.random.choice((0, 1, 1, 1, 2, 3)))
+        properties = self.random.sample(self._properties, self.random.choice((0, 1, 1, 1, 2, 3)))
         if chance > 0.97:
             properties.append(self.random.choice(BAD_PROPERTIES))
         operation = "EXECUTE" if self.random.random() < 0.6 else self.random.choice(OPERATIONS)
@@ -364,9 +388,7 @@ class Generator:
         return {"op": "shell", "shell": shell, "script": script, "payload_file": payload}
 
     def _program(self) -> str:
-        directory = self.random.choice(
-            ("initramfs/bin", "initramfs/bin", "tmpfs", "bind", "overlay/bin", "overlay/bin", "noexec", "links")
-        )
+        directory = self.random.choice(self._places)
         name = self.random.choice(
             (
                 "busybox",
@@ -405,9 +427,13 @@ class Generator:
         }  # fmt: skip
         if self.random.random() < 0.75:
             step["file"] = self._program()
-            if "/overlay/" in step["file"]:
-                step["then"] = []  # what mprotect(2) makes executable there is not judged as the kernel does
         return step
+
+    def of_nothing(self) -> Step:
+        """Read or write no bytes."""
+        if self._open and self.random.random() < 0.5:
+            return {"op": "fd_read", "fd": self.random.choice(self._open), "length": 0}
+        return {"op": "write", "path": self._node(), "flags": os.O_WRONLY, "payloads": [{"literal": ""}]}
 
     def without_memory(self) -> Step:
         """Have the kernel itself carry data from or to a node, which securityfs does for nobody."""
@@ -448,8 +474,9 @@ def concrete(step: Step, base: int) -> Step:
             done[key] = done[key].replace("{base}", str(base))
 
     def made(payload: Payload) -> str:
-        # A write of nothing never reaches a FUSE file system.
-        return base64.b64encode(octets(payload, base) or b"-").decode()
+        data = octets(payload, base)
+        # A write of nothing is its own step (of_nothing): beside a mount it never reaches the emulator.
+        return base64.b64encode(data if data or payload.get("literal") == "" else b"-").decode()
 
     if "payloads" in step:
         done["writes"] = [made(payload) for payload in step["payloads"]]

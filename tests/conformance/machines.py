@@ -12,6 +12,8 @@ from typing import Any
 
 from attrs import frozen
 
+from tests.conformance import volumes
+
 ROOT = Path(__file__).parent.parent.parent
 Sequence = list[dict[str, Any]]
 Answers = list[dict[str, Any]]
@@ -52,12 +54,15 @@ class UserModeLinux:
 
     program: Path
     name: str
+    on_volumes: bool = False
     seconds: float = 900.0
 
     def answer(self, batch: list[Sequence]) -> list[Answers]:
         with tempfile.TemporaryDirectory(prefix="ipe-uml.") as name:
             work = Path(name)
             (work / "batch.json").write_text(json.dumps(batch))
+            if self.on_volumes:
+                volumes.write(work / "volumes.json")
             image = work / "initramfs"
             image.write_bytes(gzip.compress(_initramfs(work), 1))
             command = [
@@ -73,17 +78,21 @@ class MountedEmulator:
     """``ipe-emu mount``, in a mount namespace of its own. Nothing that is executed is judged."""
 
     profile: str
+    on_volumes: bool = False
     seconds: float = 900.0
     under_run = False
 
     @property
     def name(self) -> str:
-        return f"ipe-emu {'run' if self.under_run else 'mount'} --kernel {self.profile}"
+        command = f"ipe-emu {'run' if self.under_run else 'mount'} --kernel {self.profile}"
+        return command + (" --volume ..." if self.on_volumes else "")
 
     def answer(self, batch: list[Sequence]) -> list[Answers]:
         with tempfile.TemporaryDirectory(prefix="ipe-emu.") as name:
             work = Path(name)
             (work / "batch.json").write_text(json.dumps(batch))
+            if self.on_volumes:
+                volumes.write(work / "volumes.json")
             command = [
                 "unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.conformance.emulated",
                 "run" if self.under_run else "mount", self.profile, work,

@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.serialization import pkcs7
 
+from tests.conformance import volumes
 from tests.vectors import KEYS
 
 Payload = dict[str, Any]
@@ -36,7 +37,7 @@ def octets(payload: Payload, base: int) -> bytes:
     if "literal" in payload:
         data = str(payload["literal"]).encode("latin-1")
     else:
-        data = str(payload["text"]).replace("{base}", str(base)).encode("latin-1")
+        data = volumes.filled_in(str(payload["text"]).replace("{base}", str(base))).encode("latin-1")
         if payload.get("pad"):
             data += b"#" * (payload["pad"] - 1) + b"\n"
         if "signer" in payload:
