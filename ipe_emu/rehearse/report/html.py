@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 from ipe_emu.event import File
 from ipe_emu.profiles import UPSTREAM_OF_OP_POLICY
-from ipe_emu.rehearse.report.phase_change import Affected
+from ipe_emu.rehearse.report.phase_change import Affected, headline
 from ipe_emu.rehearse.report.picture import MOST_MARKS, draw, marks_of
 from ipe_emu.rehearse.report.printable import printable
 from ipe_emu.rehearse.report.summary import Denial, FailedWrite, PolicyLife, Summary
@@ -155,12 +155,8 @@ def _failed_write(failed: FailedWrite) -> Iterator[str]:
 def _phase_change(summary: Summary) -> Iterator[str]:
     if not summary.affected:
         return
-    alone = sum(one.only_boot_verified for one in summary.affected)
     yield "<h2>The phase change</h2>"
-    yield (
-        f"<p>{len(summary.affected)} file(s) ran and would be denied under {_text(summary.active_at_end or '')} if they"
-        f" ran again; {alone} of them were allowed by boot_verified alone.</p>"
-    )
+    yield f"<p>{_text(headline(summary.affected, summary.active_at_end or '?'))}.</p>"
     yield from _all(summary.affected, _affected, "")
 
 

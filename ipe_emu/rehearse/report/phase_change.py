@@ -4,7 +4,7 @@ Mostly the initramfs's own programs, which boot_verified allowed: whoever is sti
 again, nor a shell its tools.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attrs import evolve, frozen
 
@@ -59,6 +59,24 @@ def affected_by(final: Policy | None, standings: Sequence[tuple[Event, Standing]
             _rests_on_boot_verified(event, standing.policy),
         )
     return tuple(found.values())
+
+
+def by_file(affected: Iterable[Affected]) -> list[list[Affected]]:
+    """Put together what is about one file."""
+    files: dict[tuple[bytes, str], list[Affected]] = {}
+    for one in affected:
+        files.setdefault((one.file.path, one.file.dev), []).append(one)
+    return [*files.values()]
+
+
+def headline(affected: Iterable[Affected], final: str) -> str:
+    """Say how many files are affected by the last policy, ``final``."""
+    files = by_file(affected)
+    alone = sum(all(one.only_boot_verified for one in ones) for ones in files)
+    return (
+        f"{len(files)} file(s) ran and would be denied under {final} if they ran again, {alone} of them because"
+        " boot_verified alone allowed them"
+    )
 
 
 def _rests_on_boot_verified(event: Judged, policy: Policy | None) -> bool:

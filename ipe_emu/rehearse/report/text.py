@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ipe_emu.event import File
 from ipe_emu.profiles import UPSTREAM_OF_OP_POLICY
+from ipe_emu.rehearse.report.phase_change import by_file, headline
 from ipe_emu.rehearse.report.printable import printable
 from ipe_emu.rehearse.report.summary import Denial, Summary
 from ipe_emu.rehearse.words import shown
 
 #: Entries of one kind that are shown; the JSON has them all.
 _MOST_SHOWN = 20
+_MOST_AFFECTED = 8
 
 
 def lines_of(summary: Summary) -> Iterator[str]:
@@ -57,17 +59,15 @@ def _denials(denials: Sequence[Denial]) -> Iterator[str]:
 
 
 def _affected(summary: Summary) -> Iterator[str]:
-    affected = summary.affected
-    if not affected:
+    if not summary.affected:
         return
-    alone = sum(one.only_boot_verified for one in affected)
-    yield (
-        f"the phase change: {len(affected)} file(s) ran and would be denied under {summary.active_at_end} if they ran"
-        f" again, {alone} of them for they were allowed by boot_verified alone:"
-    )
-    for one in affected[:_MOST_SHOWN]:
-        yield f"  {one.operation.value} {one.hook.value} {_named(one.file)}: was allowed by {one.allowed_by!r}"
-    yield from (f"  {line}" for line in _more(affected))
+    files = by_file(summary.affected)
+    yield f"the phase change: {headline(summary.affected, summary.active_at_end or '?')}:"
+    for ones in files[:_MOST_AFFECTED]:
+        asked = ", ".join(dict.fromkeys(f"{one.operation.value} {one.hook.value}" for one in ones))
+        yield f"  {_named(ones[0].file)} ({asked})"
+    if len(files) > _MOST_AFFECTED:
+        yield f"  and {len(files) - _MOST_AFFECTED} more (--json and --html list all, with the reasons)"
 
 
 def _section(title: str, lines: Iterable[str], count: int) -> Iterator[str]:

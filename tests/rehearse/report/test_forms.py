@@ -114,7 +114,9 @@ def test_the_text_tells_all_there_is() -> None:
         "EXECUTE BPRM_CHECK /tmp/app on tmpfs: unverified file executed",
         "by 'DEFAULT action=DENY' of Lockdown 1.0.0; asked by sh",
         "so `DEFAULT action=DENY` (line 2) decides: DENY",
-        "the phase change: 3 file(s)",
+        "the phase change: 2 file(s)",
+        "2 of them because boot_verified alone allowed them",
+        "  /bin/busybox on rootfs (EXECUTE BPRM_CHECK, POLICY POLICY_LOAD)",
     ):
         assert part in text
 
