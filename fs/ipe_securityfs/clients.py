@@ -25,7 +25,7 @@ _FROM_BUFFER: Final = frozenset({"write", "pwrite64"})
 _FROM_VECTOR: Final = frozenset({"writev", "pwritev", "pwritev2"})
 #: The calls that take their data from another file: which argument is the descriptor that is written to.
 _FROM_FILE: Final = {"sendfile": 0, "splice": 2, "copy_file_range": 2}
-_PLAIN_WRITES: Final = frozenset(syscalls.NUMBERS[name] for name in _FROM_BUFFER if name in syscalls.NUMBERS)
+_PLAIN_WRITES: Final = frozenset(b"%d" % syscalls.NUMBERS[name] for name in _FROM_BUFFER if name in syscalls.NUMBERS)
 #: The calls that read at the descriptor's position, and those that name an offset (preadv2: -1 is the position).
 _AT_POSITION: Final = frozenset({"read", "readv"})
 _AT_OFFSET: Final = frozenset({"pread64", "preadv", "preadv2"})

@@ -157,6 +157,7 @@ class Operations(pyfuse3.Operations):
         self._last_handle = 0
         self._removing: dict[int, Directory] = {}
         self._kept = procfs.KeptRecords()
+        self._last_writer: tuple[tuple[int, Opener, MountedAs], Writer] | None = None
 
     def close(self) -> None:
         """Let go of what was kept open, at the end of the session."""
@@ -474,7 +475,7 @@ class Operations(pyfuse3.Operations):
             # Nearly every write is a boolean by its node's opener, and must be quick.
             if node.write is None or not self._is_plain(handle, len(buf)):
                 return await self._write(handle, off, buf)
-            writer = self._writer_in(handle, handle.tid)
+            writer = self._opener_as_writer(handle)
             if node.waits:
                 await self._judge(node, buf, writer)
             else:
@@ -630,6 +631,13 @@ class Operations(pyfuse3.Operations):
                 node.path,
             )
         await trio.to_thread.run_sync(node.write, content, writer)
+
+    def _opener_as_writer(self, handle: _Handle) -> Writer:
+        """Return the opener as the writer: the one of the last time if it was that, and nobody asks for names."""
+        who = handle.tid, handle.opener, self.mounted_as
+        if self._last_writer is None or self._last_writer[0] != who or self.mounted_as.names_writers:
+            self._last_writer = who, self._writer_in(handle, handle.tid)
+        return self._last_writer[1]
 
     def _writer_in(self, handle: _Handle, tid: int) -> Writer:
         """Return a writer, of whom it is known that ``tid`` is the thread that waits."""

@@ -18,6 +18,8 @@ from ipe_emu.linux import statx, syscalls
 _CHUNK: Final = 1 << 16
 #: Longer than nearly every record.
 _RECORD: Final = 4096
+#: More than a record of syscall, and enough for the inode number in one of fdinfo.
+_BEGINNING: Final = 400
 #: How many files of one thread are kept open.
 _MOST_KEPT: Final = 8
 
@@ -91,7 +93,7 @@ class KeptRecords:
     """``record``, for somebody who looks at the same thread again and again: its files stay open, a look is one call.
 
     An open file of /proc/TID is that thread's for good. When the thread has ended it gives nothing more, whoever has
-    its number then. To be used by one thread, which sees no more of a record than its first 4,096 bytes.
+    its number then. To be used by one thread, which sees no more of a record than its first 400 bytes.
     """
 
     def __init__(self) -> None:
@@ -100,17 +102,19 @@ class KeptRecords:
 
     def record(self, tid: int, name: str) -> bytes:
         """Return a record of /proc/TID; see ``ReadRecord``."""
-        if tid != self._tid or len(self._open) > _MOST_KEPT:
+        if tid != self._tid:
             self.close()
             self._tid = tid
         fd = self._open.get(name)
         if fd is not None:
             try:
-                return os.pread(fd, _RECORD, 0)
+                return os.pread(fd, _BEGINNING, 0)
             except OSError:  # it has ended, or closed what this is about; or another has its number
                 os.close(self._open.pop(name))
+        if len(self._open) >= _MOST_KEPT:
+            self.close()
         fd = self._open[name] = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(fd, _RECORD, 0)
+        return os.pread(fd, _BEGINNING, 0)
 
     def close(self) -> None:
         """Let go of every file."""
@@ -198,13 +202,13 @@ def current_syscall(tid: int) -> SystemCall | None:
     return SystemCall(int(words[0]), tuple([int(word, 16) for word in words[1:7]]))
 
 
-def waits_in(tid: int, numbers: Collection[int], third_argument: int, read: ReadRecord = record) -> int | None:
+def waits_in(tid: int, numbers: Collection[bytes], third_argument: int, read: ReadRecord = record) -> int | None:
     """Return the first argument of one of these system calls, if a thread waits in it with that third argument.
 
-    Quicker than ``current_syscall``.
+    Their ``numbers`` are in decimal, as /proc shows them. Quicker than ``current_syscall``.
     """
     words = read(tid, "syscall").split(b" ", 4)
-    if len(words) < 5 or int(words[0]) not in numbers or int(words[3], 16) != third_argument:
+    if len(words) < 5 or words[0] not in numbers or words[3] != b"0x%x" % third_argument:
         return None
     return int(words[1], 16)
 

@@ -168,10 +168,10 @@ def call(name: str, *arguments: Argument) -> int:
     array as a pointer the kernel may write to; ``None`` as a null pointer. The interpreter lock is released.
     EINTR is not retried: only the caller knows whether the call may be repeated.
     """
-    try:
-        result: int = _SYSCALL[len(arguments)](NUMBERS[name], *arguments)
-    except KeyError:
-        raise NotImplementedError(f"no number is known here for the system call {name} on {MACHINE}") from None
+    number = NUMBERS.get(name)
+    if number is None:
+        raise NotImplementedError(f"no number is known here for the system call {name} on {MACHINE}")
+    result: int = _SYSCALL[len(arguments)](number, *arguments)
     if result < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"{name}: {os.strerror(errno)}")

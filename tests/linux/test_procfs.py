@@ -60,7 +60,7 @@ def test_kept_records_are_those_of_one_thread() -> None:
         call = procfs.current_syscall(first.pid)
         assert call is not None
         for _ in range(2):
-            assert procfs.waits_in(first.pid, {call.number}, call.arguments[2], kept.record) == 0
+            assert procfs.waits_in(first.pid, {b"%d" % call.number}, call.arguments[2], kept.record) == 0
         for process in (first, second, first):
             found = procfs.descriptor_inode(process.pid, 0, kept.record)
             assert found == procfs.descriptor_inode(process.pid, 0)
