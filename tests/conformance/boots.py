@@ -14,8 +14,10 @@ from pathlib import Path
 
 from attrs import field, frozen
 
+from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.rehearse.images import MOUNTS, NEW_ROOT, build_tree
+from tests.volumes.images import Volume, make_volume
 
 ROOT = Path(__file__).parent.parent.parent
 _OFF = "/bin/busybox poweroff -f\n"
@@ -38,7 +40,11 @@ def policy(name: str, version: str, rules: str = _INITRAMFS, default: str = "DEN
 
 @frozen
 class Boot:
-    """An image: what init does, files besides busybox, and policies that ``NAME.p7b`` in /etc are to be signed of."""
+    """An image: what init does, files besides busybox, and policies that ``NAME.p7b`` in /etc are to be signed of.
+
+    ``volume`` is the init script of a root file system on a verity volume, whose data and hash tree are the machine's
+    first two disks; ROOT_HASH stands for its root hash in scripts and policies.
+    """
 
     name: str
     script: str
@@ -47,13 +53,17 @@ class Boot:
     programs: Sequence[str] = ()
     cmdline: Sequence[str] = ()
     mode: int = 0o755
+    volume: str | None = None
 
-    def build(self, directory: Path) -> Path:
-        """Make the image; return its file."""
+    def build(self, directory: Path) -> "Built":
+        """Make the image and its disks."""
+        volume = None if self.volume is None else _volume(directory, self.volume)
+        root_hash = "" if volume is None else volume.root_hash
         files = dict(self.files)
         for name, (key, text) in self.signed.items():
-            files[f"etc/{name}.p7b"] = _sign(directory, key, text)
-        tree = build_tree(directory / "tree", self.script, files, mode=self.mode)
+            files[f"etc/{name}.p7b"] = _sign(directory, key, text.replace("ROOT_HASH", root_hash))
+        script = self.script.replace("ROOT_HASH", root_hash)
+        tree = build_tree(directory / "tree", script, files, mode=self.mode)
         for program in self.programs:
             _add_program(tree, Path(program))
         image = directory / "image"
@@ -63,7 +73,15 @@ class Boot:
                 ["cpio", "--quiet", "-o", "-H", "newc", "--owner", "0:0"],
                 cwd=tree, input=b"".join(sorted(names.splitlines(keepends=True))), stdout=file, check=True, timeout=60,
             )  # fmt: skip
-        return image
+        return Built(image, () if volume is None else (volume.image, volume.hash_image))
+
+
+@frozen
+class Built:
+    """An image, and the disks that belong to it."""
+
+    image: Path
+    disks: Sequence[Path]
 
 
 @frozen
@@ -78,11 +96,12 @@ class Came:
         return [*self.lines, *self.records]
 
 
-def on_user_mode_linux(program: Path, boot: Boot, image: Path) -> Came:
+def on_user_mode_linux(program: Path, boot: Boot, built: Built) -> Came:
     """Boot it on a reference kernel."""
     command = [
-        str(program), "mem=320M", f"initrd={image}", "con=null", "con0=fd:0,fd:1", "root=/dev/none", "panic=-1",
-        "ignore_loglevel", *_CMDLINE, *boot.cmdline,
+        str(program), "mem=320M", f"initrd={built.image}", "con=null", "con0=fd:0,fd:1", "root=/dev/none", "panic=-1",
+        "ignore_loglevel", *(f"ubd{letter}r={disk}" for letter, disk in zip("ab", built.disks, strict=False)),
+        *_CMDLINE, *boot.cmdline,
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
     printed = done.stdout.decode("latin-1").replace("\r", "")
@@ -90,14 +109,15 @@ def on_user_mode_linux(program: Path, boot: Boot, image: Path) -> Came:
     return Came(_lines(printed), _normalised(found))
 
 
-def on_the_emulator(profile: str, boot: Boot, image: Path) -> Came:
+def on_the_emulator(profile: str, boot: Boot, built: Built) -> Came:
     """Boot it here."""
-    log = image.parent / "audit.log"
+    log = built.image.parent / "audit.log"
     log.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "ipe_emu", "boot", "--kernel", profile, "--boot-policy", str(vectors.BOOT_POLICY),
         "--builtin-keys", str(vectors.KEYS / "builtin-trusted.pem"), "--audit-log", str(log), "--timeout", "100",
-        "--cmdline", " ".join((*_CMDLINE, *boot.cmdline)), str(image),
+        "--cmdline", " ".join((*_CMDLINE, *boot.cmdline)),
+        *(f"--disk=vd{letter}={disk},ro" for letter, disk in zip("ab", built.disks, strict=False)), str(built.image),
     ]  # fmt: skip
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
     done = subprocess.run(
@@ -142,6 +162,12 @@ def _sign(directory: Path, key: str, text: str) -> bytes:
     return (directory / "policy.p7b").read_bytes()
 
 
+def _volume(directory: Path, init: str) -> Volume:
+    tree = build_tree(directory / "root", init)
+    (tree / "etc/plain").write_text("a file\n")
+    return make_volume(Kind.SQUASHFS, tree, directory)
+
+
 def _add_program(tree: Path, program: Path) -> None:
     """Copy a program of this machine, with the libraries that it names."""
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=60).stdout
@@ -150,8 +176,13 @@ def _add_program(tree: Path, program: Path) -> None:
         shutil.copy(path, tree / path.relative_to("/"))
 
 
-_LOCK = policy("Lock", "1.0.0", "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n")
 _GOES_ON = policy("GoesOn", "1.0.0")
+
+_VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
+_SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
+#: User-Mode Linux calls its disks ubda and ubdb.
+_OPEN = """disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd
+veritysetup open ${disk}a root ${disk}b ROOT_HASH; echo OUT opened $?"""
 
 BOOTS = (
     Boot(
@@ -234,7 +265,7 @@ cat /etc/good.p7b >$IPE/new_policy; echo OUT good $?
 /bin/true; echo OUT true $?
 /bin/busybox poweroff -f; echo OUT poweroff $?
 """,
-        signed={"lock": ("trusted", _LOCK)},
+        signed={"lock": ("trusted", policy("Lock", "1.0.0", _SIGNED))},
     ),
     Boot(
         "a new root on a tmpfs",
@@ -269,6 +300,45 @@ cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT 
 {_OFF}""",
         programs=("/usr/bin/bash", "/usr/bin/env", "/usr/bin/true"),
     ),
+    Boot(
+        "a verity root by its root hash",
+        f"""{MOUNTS}export PATH=/bin:/usr/sbin
+{_OPEN}
+mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
+/newroot/bin/busybox true; echo OUT before $?
+cat /etc/both.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Both/active; echo OUT activated $?
+/newroot/bin/busybox true; echo OUT after $?
+cat /etc/root.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Root/active; echo OUT root alone $?
+/bin/true; echo OUT the initramfs $?
+/newroot/bin/busybox umount /sys/kernel/security; /newroot/bin/busybox umount /sys
+exec /newroot/bin/busybox switch_root /newroot /init
+""",
+        signed={
+            "both": ("trusted", policy("Both", "1.0.0", _INITRAMFS + _VOLUME)),
+            "root": ("trusted", policy("Root", "1.0.0", _VOLUME)),
+        },
+        programs=("/usr/sbin/veritysetup",),
+        volume=f"""mount -t tmpfs t /tmp; echo OUT tmpfs $?
+cp /bin/busybox /tmp/x; /tmp/x true; echo OUT copy $?
+/bin/true; echo OUT in the new root $?
+/init.d/none; echo OUT none $?
+{_OFF}""",
+    ),
+    Boot(
+        "a verity root that nobody signed",
+        f"""{MOUNTS}export PATH=/bin:/usr/sbin
+{_OPEN}
+mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
+cat /etc/signed.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Signed/active; echo OUT activated $?
+/newroot/bin/busybox true; echo OUT executed $?
+mount -t overlay -o lowerdir=/newroot,upperdir=/u,workdir=/w o /o; echo OUT overlay $?
+/o/bin/busybox true; echo OUT executed $?
+{_OFF}""",
+        {"u/none": "", "w/none": "", "o/none": ""},
+        {"signed": ("trusted", policy("Signed", "1.0.0", _INITRAMFS + _SIGNED))},
+        programs=("/usr/sbin/veritysetup",),
+        volume=_OFF,
+    ),
     Boot("an init that may not be executed", _OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{_OFF}"}, mode=0o644),
     Boot("an init that ends", "echo OUT going\nsleep 1\nexit 3\n"),
     Boot("another init", "echo OUT not this one\n", {"etc/other": f"#!/bin/sh\necho OUT $0 $1\n{_OFF}"},
@@ -279,10 +349,10 @@ cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT 
 def compare(program: Path, profile: str, boot: Boot) -> tuple[Came, Came]:
     """Boot the same image on a reference kernel and here."""
     with tempfile.TemporaryDirectory(prefix="ipe-boot.") as name:
-        image = boot.build(Path(name))
-        ours = on_the_emulator(profile, boot, image)
+        built = boot.build(Path(name))
+        ours = on_the_emulator(profile, boot, built)
         for _ in range(_TRIES):
-            theirs = on_user_mode_linux(program, boot, image)
+            theirs = on_user_mode_linux(program, boot, built)
             lost = len(ours.records) - len(theirs.records)
             if lost <= 0 or theirs.records != ours.records[:-lost]:
                 break
