@@ -190,7 +190,7 @@ class _Rehearsal:
         self.mounting = Mounting(self.agent, self.timeline, {**EVERY_MACHINE_HAS, **on_disks})
         self.uname = Uname(self.agent)
         self.disks = Disks(
-            self.options.devices,
+            devices,
             self.options.profile,
             self.keyctl.session_keys,
             lambda: self._ipe.keyrings,
@@ -199,6 +199,7 @@ class _Rehearsal:
             self.options.probed,
             self.options.require_signatures,
         )
+        self.disks.facts_changed = self.file_systems.take_facts
 
     @property
     def traps(self) -> Sequence[Trap]:
@@ -429,6 +430,10 @@ class _Rehearsal:
     def log(self, text: str) -> None:
         """Note a line of the kernel's log."""
         self._log(text)
+
+    def remark(self, text: str) -> None:
+        """Note what is done otherwise than by a kernel."""
+        self.not_done(None, "ioctl", text)
 
     def restart(self, means: str) -> None:
         """The kernel restarts the machine by itself."""

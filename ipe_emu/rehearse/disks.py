@@ -56,6 +56,9 @@ class Telling(Protocol):
     def log(self, text: str) -> None:
         """Note a line of the kernel's log."""
 
+    def remark(self, text: str) -> None:
+        """Note what is done otherwise than by a kernel."""
+
     def restart(self, means: str) -> None:
         """The kernel restarts the machine, or panics."""
 
@@ -72,6 +75,8 @@ class Disks:
     telling: Telling
     probed: Mapping[str, Probed] | None = None
     require_signatures: bool = False
+    #: Called when what is known of a device may have changed.
+    facts_changed: Callable[[], None] = field(default=lambda: None, init=False)
     #: The st_dev of the machine's devtmpfs.
     devtmpfs: int = field(default=-1, init=False)
     mapper: DeviceMapper = field(init=False)
@@ -201,6 +206,7 @@ class Disks:
 
     def changed(self, device: MappedDevice) -> None:
         """Show what a mapped device is now."""
+        self.facts_changed()
         block = device.block_device
         if not device.registered:
             return
@@ -214,6 +220,10 @@ class Disks:
         lower = device.active.used if device.active else []
         self._make(SYSFS, plan.gone(self.devices, device.block_device, lower))
         self._make(DEVTMPFS, [Gone(device.block_device.name)])
+
+    def remark(self, text: str) -> None:
+        """Note what a table does otherwise."""
+        self.telling.remark(text)
 
     def corrupted(self, corruption: Corruption) -> None:
         """Log it, and restart the machine if the table says so."""

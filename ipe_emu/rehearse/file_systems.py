@@ -97,6 +97,12 @@ class BlockFileSystems:
         note = "read-only here" if writable and found.kind is Kind.EXT4 else ""
         return Found(found.path, Attribute.NONE, note)
 
+    def take_facts(self) -> None:
+        """Say of mounted file systems what is known of their devices now: a device can get another table."""
+        for known in self._known:
+            if known.claimed:
+                self.facts[known.number] = known.device.facts
+
     def look_after(self) -> None:
         """Give devices back whose file systems nobody in the machine has mounted any more."""
         with self._lock:
@@ -126,7 +132,8 @@ class BlockFileSystems:
     def _superblock(self, device: BlockDevice, kind: Kind, source: str) -> _Superblock:
         """Mount what is on a device in the staging directory; or find what was mounted of it before."""
         earlier = next((known for known in self._known if known.device is device and known.kind is kind), None)
-        if earlier is not None:
+        # Only under the same root hash it is certain that nothing has changed since.
+        if earlier is not None and device.facts.dmverity_roothash and self.facts[earlier.number] == device.facts:
             self.devices.claim(device, earlier)
             earlier.claimed = True
             return earlier

@@ -222,7 +222,8 @@ dmsetup remove_all; dmsetup ls
     done = run(one, script, *volume.disks(one.place), programs=("dmsetup",))
     assert done.status == 0, done.errors
     assert done.output == [
-        *("Driver version:    4.50.0", "error            v1.7.0", "linear           v1.5.0"),
+        *("Driver version:    4.50.0", "crypt            v1.29.0", "error            v1.7.0"),
+        "linear           v1.5.0",
         *("verity           v1.13.0", "zero             v1.2.0"),
         *("a", "control"),
         *("b (253:1)", " `-a (253:0)", "    `- (254:0)"),
@@ -244,3 +245,19 @@ def test_what_is_not_emulated_is_not_passed(one: Runner, volume: Volume) -> None
     done = run(one, script, *volume.disks(one.place), programs=("dmsetup",))
     assert done.status == 4
     assert "a device-mapper target of type striped, which is not emulated" in done.errors
+
+
+def test_a_scratch_disk_of_cryptsetup(one: Runner) -> None:
+    image = one.place / "scratch.img"
+    image.write_bytes(bytes(8 << 20))
+    script = """
+cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --key-file /dev/urandom /dev/vda scratch
+cryptsetup status scratch | grep cipher:
+mkfs.ext4 -q /dev/mapper/scratch && mount -t ext4 -o ro /dev/mapper/scratch /newroot && ls /newroot
+umount /newroot && cryptsetup close scratch && ls -1 /dev/mapper
+"""
+    done = run(one, script, "--disk", f"vda={image}", programs=("cryptsetup", "mkfs.ext4"))
+    assert done.status == 0, done.errors
+    assert done.output == ["  cipher:  aes-xts-plain64", "lost+found", "control"]
+    assert "not done: ioctl: scratch is not encrypted" in done.errors
+    assert not any(image.read_bytes())

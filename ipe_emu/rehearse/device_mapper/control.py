@@ -52,6 +52,9 @@ class Observer(Protocol):
     def corrupted(self, corruption: Corruption) -> None:
         """A verity device was read where it is corrupted; from any thread."""
 
+    def remark(self, text: str) -> None:
+        """A table does something otherwise than a kernel's would."""
+
 
 @frozen
 class Answer:
@@ -300,6 +303,7 @@ class DeviceMapper:
             bool(block.flags & Flag.READONLY),
             surroundings,
             self.observer.corrupted,
+            self.observer.remark,
         )
         try:
             populate(table, self.types, block, whole)

@@ -53,6 +53,8 @@ class Table:
     read_only: bool
     surroundings: Surroundings
     corrupted: Callable[[Corruption], None]
+    #: Is told of what a target does otherwise than a kernel's, and all the same goes on.
+    remark: Callable[[str], None]
     targets: list["Target"] = field(factory=list)
     #: The newest first, as ``dm_get_device()`` keeps them.
     used: list[BlockDevice] = field(factory=list)

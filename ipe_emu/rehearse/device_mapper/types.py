@@ -6,7 +6,7 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.profiles import Profile
-from ipe_emu.rehearse.device_mapper import simple
+from ipe_emu.rehearse.device_mapper import crypt, simple
 from ipe_emu.rehearse.device_mapper.target import TargetType, TargetTypes
 from ipe_emu.rehearse.device_mapper.verity import VerityType
 
@@ -20,10 +20,11 @@ class _Versions:
     interface: Version
     verity: Version
     linear: Version
+    crypt: Version
 
 
-_LINUX_6_12: Final = _Versions(interface=(4, 48, 0), verity=(1, 10, 0), linear=(1, 4, 0))
-_LINUX_7_3: Final = _Versions(interface=(4, 50, 0), verity=(1, 13, 0), linear=(1, 5, 0))
+_LINUX_6_12: Final = _Versions(interface=(4, 48, 0), verity=(1, 10, 0), linear=(1, 4, 0), crypt=(1, 28, 0))
+_LINUX_7_3: Final = _Versions(interface=(4, 50, 0), verity=(1, 13, 0), linear=(1, 5, 0), crypt=(1, 29, 0))
 _BY_PROFILE: Final[Mapping[str, _Versions]] = {
     "linux-6.12": _LINUX_6_12,
     "linux-7.3": _LINUX_7_3,
@@ -40,6 +41,7 @@ def target_types(profile: Profile, *, require_signatures: bool = False) -> Targe
     """Return the target types that are emulated; see `verity.VerityType` for ``require_signatures``."""
     versions = _BY_PROFILE[profile.name]
     types = (
+        TargetType("crypt", versions.crypt, crypt.crypt),
         TargetType("error", (1, 7, 0), simple.error),
         TargetType("linear", versions.linear, simple.linear),
         TargetType(

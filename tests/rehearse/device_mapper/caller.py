@@ -71,6 +71,9 @@ class Seen:
     def disappeared(self, device: MappedDevice) -> None:
         self.said.append(f"-{device.block_device.name}")
 
+    def remark(self, text: str) -> None:
+        self.said.append(text)
+
     def corrupted(self, corruption: Corruption) -> None:
         self.said.append(f"!{corruption.device} {corruption.action}")
 

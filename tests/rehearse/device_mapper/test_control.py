@@ -205,7 +205,9 @@ def test_versions_of_target_types(machine: Machine) -> None:
         if not following:
             break
         position += following
-    assert names == {b"error": (1, 7, 0), b"linear": (1, 5, 0), b"verity": (1, 13, 0), b"zero": (1, 2, 0)}
+    assert names == {
+        b"crypt": (1, 29, 0), b"error": (1, 7, 0), b"linear": (1, 5, 0), b"verity": (1, 13, 0), b"zero": (1, 2, 0),
+    }  # fmt: skip
     one = machine.call(Command.GET_TARGET_VERSION, name=b"verity")
     assert (one.errno, one.data[:23]) == (0, struct.pack("<4I", 0, 1, 13, 0) + b"verity\0")
     assert machine.call(Command.GET_TARGET_VERSION, name=b"verify").errno == errno.EINVAL
