@@ -17,7 +17,7 @@ from attrs import field, frozen
 from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.rehearse.images import MOUNTS, NEW_ROOT, build_tree
-from tests.volumes.images import Volume, make_volume
+from tests.volumes.images import Volume, make_volume, tamper
 
 ROOT = Path(__file__).parent.parent.parent
 _OFF = "/bin/busybox poweroff -f\n"
@@ -43,7 +43,8 @@ class Boot:
     """An image: what init does, files besides busybox, and policies that ``NAME.p7b`` in /etc are to be signed of.
 
     ``volume`` is the init script of a root file system on a verity volume, whose data and hash tree are the machine's
-    first two disks; ROOT_HASH stands for its root hash in scripts and policies.
+    first two disks; ROOT_HASH stands for its root hash in scripts and policies. /etc/root.sig is to be its signature
+    by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong.
     """
 
     name: str
@@ -54,12 +55,18 @@ class Boot:
     cmdline: Sequence[str] = ()
     mode: int = 0o755
     volume: str | None = None
+    root_hash_key: str | None = None
+    tampered: bool = False
 
     def build(self, directory: Path) -> "Built":
         """Make the image and its disks."""
         volume = None if self.volume is None else _volume(directory, self.volume)
         root_hash = "" if volume is None else volume.root_hash
         files = dict(self.files)
+        if volume is not None and self.tampered:
+            tamper(volume.image, volume.image.stat().st_size // 2)
+        if self.root_hash_key is not None:
+            files["etc/root.sig"] = _sign(directory, self.root_hash_key, root_hash, detached=True)
         for name, (key, text) in self.signed.items():
             files[f"etc/{name}.p7b"] = _sign(directory, key, text.replace("ROOT_HASH", root_hash))
         script = self.script.replace("ROOT_HASH", root_hash)
@@ -148,14 +155,14 @@ def _normalised(records: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _sign(directory: Path, key: str, text: str) -> bytes:
+def _sign(directory: Path, key: str, text: str, *, detached: bool = False) -> bytes:
     plain = directory / "policy.pol"
     plain.write_text(text)
     subprocess.run(
         [
-            "openssl", "smime", "-sign", "-in", plain, "-signer", vectors.KEYS / f"{key}.pem", "-inkey",
-            vectors.KEYS / f"{key}.key", "-noattr", "-nodetach", "-nosmimecap", "-binary", "-outform", "der", "-out",
-            directory / "policy.p7b",
+            "openssl", "smime", "-sign", "-in", plain, "-signer", vectors.KEYS / f"{key}.pem",
+            "-inkey", vectors.KEYS / f"{key}.key", *([] if detached else ["-nodetach"]), "-noattr", "-nosmimecap",
+            "-binary", "-outform", "der", "-out", directory / "policy.p7b",
         ],
         check=True, timeout=60, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -182,7 +189,7 @@ _VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
 _SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
 #: User-Mode Linux calls its disks ubda and ubdb.
 _OPEN = """disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd
-veritysetup open ${disk}a root ${disk}b ROOT_HASH; echo OUT opened $?"""
+veritysetup open ${disk}a root ${disk}b ROOT_HASH"""
 
 BOOTS = (
     Boot(
@@ -303,7 +310,7 @@ cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT 
     Boot(
         "a verity root by its root hash",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN}
+{_OPEN}; echo OUT opened $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 /newroot/bin/busybox true; echo OUT before $?
 cat /etc/both.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Both/active; echo OUT activated $?
@@ -327,7 +334,7 @@ cp /bin/busybox /tmp/x; /tmp/x true; echo OUT copy $?
     Boot(
         "a verity root that nobody signed",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN}
+{_OPEN}; echo OUT opened $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 cat /etc/signed.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Signed/active; echo OUT activated $?
 /newroot/bin/busybox true; echo OUT executed $?
@@ -338,6 +345,41 @@ mount -t overlay -o lowerdir=/newroot,upperdir=/u,workdir=/w o /o; echo OUT over
         {"signed": ("trusted", policy("Signed", "1.0.0", _INITRAMFS + _SIGNED))},
         programs=("/usr/sbin/veritysetup",),
         volume=_OFF,
+    ),
+    Boot(
+        "a verity root with a signature",
+        f"""{MOUNTS}export PATH=/bin:/usr/sbin
+cat /etc/signed.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Signed/active; echo OUT activated $?
+{_OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
+mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
+/newroot/bin/busybox true; echo OUT executed $?
+{_OFF}""",
+        signed={"signed": ("trusted", policy("Signed", "1.0.0", _INITRAMFS + _SIGNED))},
+        programs=("/usr/sbin/veritysetup",),
+        volume=_OFF,
+        root_hash_key="trusted",
+    ),
+    Boot(
+        "a verity root signed by a stranger",
+        f"""{MOUNTS}export PATH=/bin:/usr/sbin
+{_OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
+{_OFF}""",
+        programs=("/usr/sbin/veritysetup",),
+        volume=_OFF,
+        root_hash_key="untrusted",
+    ),
+    Boot(
+        "a tampered verity root",
+        f"""{MOUNTS}export PATH=/bin:/usr/sbin
+{_OPEN}; echo OUT opened $?
+cat /etc/both.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Both/active; echo OUT activated $?
+mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
+cat /newroot/bin/busybox >/dev/null; echo OUT read $?
+{_OFF}""",
+        signed={"both": ("trusted", policy("Both", "1.0.0", _INITRAMFS + _VOLUME))},
+        programs=("/usr/sbin/veritysetup",),
+        volume=_OFF,
+        tampered=True,
     ),
     Boot("an init that may not be executed", _OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{_OFF}"}, mode=0o644),
     Boot("an init that ends", "echo OUT going\nsleep 1\nexit 3\n"),
