@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
     from ipe_emu.rehearse.block.device import BlockDevices
-    from ipe_emu.rehearse.block.disk import Disk, attach
+    from ipe_emu.rehearse.block.disk import Disk, attach, probe_all
     from ipe_emu.rehearse.boot import BootOptions, boot
     from ipe_emu.rehearse.events import NotJudged, Timeline
     from ipe_emu.rehearse.image import open_image, unpack
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         options = BootOptions(
             profile=profile,
             devices=devices,
+            probe=functools.partial(probe_all, disks, devices),
             unshiftable="the file systems of its disks" if disks else None,
             make_ipe=lambda timeline: boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit),
             unpack=functools.partial(unpack, image.members),

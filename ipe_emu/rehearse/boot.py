@@ -75,6 +75,8 @@ _PID_DEPTH: Final = 2
 _WITH_DEVPTS: Final = 4
 #: The level that a line written to /dev/kmsg may begin with.
 _LEVEL: Final = re.compile(r"^<\d+>")
+#: Where udev's daemon is.
+_UDEV: Final = (b"/usr/lib/systemd/systemd-udevd", b"/lib/systemd/systemd-udevd", b"/lib/udev/udevd", b"/sbin/udevd")
 #: Devices of this machine that every program may use.
 _SHARED_DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -89,7 +91,7 @@ class BootOptions:
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
     ``release`` is the kernel's, if the image says it.
     ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is. ``devices`` are
-    the disks, ``probed`` what is on them if the image has udev; ``require_signatures`` is dm-verity's parameter.
+    the disks, ``probe`` finds what is on them; ``require_signatures`` is dm-verity's parameter.
     """
 
     profile: Profile
@@ -102,7 +104,7 @@ class BootOptions:
     release: str | None = None
     unshiftable: str | None = None
     devices: BlockDevices = field(factory=BlockDevices)
-    probed: Mapping[str, Probed] | None = None
+    probe: Callable[[], Mapping[str, Probed]] = field(default=dict)
     require_signatures: bool = False
 
 
@@ -196,7 +198,7 @@ class _Rehearsal:
             lambda: self._ipe.keyrings,
             self.agent,
             self,
-            self.options.probed,
+            self.options.probe,
             self.options.require_signatures,
         )
         self.disks.facts_changed = self.file_systems.take_facts
@@ -237,7 +239,7 @@ class _Rehearsal:
             )
             self._stage(machine, device)
             self.disks.devtmpfs = self.mounting.devices[DEVTMPFS]
-            self.disks.furnish()
+            self.disks.furnish(has_udev=self._has_udev())
             self._serve_nodes(machine)
             exec_hook = hook.ExecHook(
                 ipe,
@@ -326,6 +328,18 @@ class _Rehearsal:
         if self.shielded:
             # Its root is root of this machine, as far as files are concerned.
             self.mounting.proc_parts += [(None, name) for name in PROC_CONTROLS if name != "sysrq-trigger"]
+
+    def _has_udev(self) -> bool:
+        """Whether the image has what makes /dev/disk."""
+        root = os.open(f"/proc/{self._init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for path in _UDEV:
+                with contextlib.suppress(OSError):
+                    os.close(openat2.open_path(root, path, openat2.RESOLVE_IN_ROOT))
+                    return True
+            return False
+        finally:
+            os.close(root)
 
     def _serve_nodes(self, machine: Message) -> None:
         """Have the device nodes of the image lead to what stands for them."""

@@ -65,7 +65,7 @@ class Telling(Protocol):
 
 @define(eq=False)
 class Disks:
-    """All that a machine has of block devices; ``probed`` is what is on them, by name, if its initramfs has udev."""
+    """All that a machine has of block devices; ``probe`` finds what is on them, by name."""
 
     devices: BlockDevices
     profile: Profile
@@ -73,7 +73,7 @@ class Disks:
     keyrings: Callable[[], Keyrings]
     agent: Agent
     telling: Telling
-    probed: Mapping[str, Probed] | None = None
+    probe: Callable[[], Mapping[str, Probed]]
     require_signatures: bool = False
     #: Called when what is known of a device may have changed.
     facts_changed: Callable[[], None] = field(default=lambda: None, init=False)
@@ -108,22 +108,25 @@ class Disks:
         subtrees.add_text(b"misc", proc.misc)
         self._served.set()
 
-    def plan(self) -> tuple[list[Step], list[Step]]:
-        """Return what is to be made in /sys and in /dev, before the machine starts."""
+    def plan(self, probed: Mapping[str, Probed] | None) -> tuple[list[Step], list[Step]]:
+        """Return what is to be made in /sys and in /dev, before the machine starts.
+
+        ``probed`` is what is on the disks, if the image has udev: that would make links to them.
+        """
         in_sys: list[Step] = []
         in_dev: list[Step] = [Dir(MAPPER.name)]
         for device in self.devices:
             in_sys += plan.sysfs_of(self.devices, device)
             in_dev += plan.devtmpfs_of(device)
-            if self.probed is not None:
-                in_dev += udev.links_of(self.devices, device, self.probed.get(device.name, Probed()))
+            if probed is not None:
+                in_dev += udev.links_of(self.devices, device, probed.get(device.name, Probed()))
         return in_sys, in_dev
 
-    def furnish(self) -> None:
+    def furnish(self, *, has_udev: bool) -> None:
         """Make that in what the agent has staged, once the session is there. NotJudgedError if it does not come."""
         if not self._served.wait(_LONGEST_WAIT):
             raise NotJudgedError("the session that serves devices did not begin")
-        in_sys, in_dev = self.plan()
+        in_sys, in_dev = self.plan(self.probe() if has_udev else None)
         self._make(SYSFS, in_sys)
         self._make(DEVTMPFS, in_dev)
         self.agent.bind(MAPPER, DEVTMPFS / MAPPER.name)

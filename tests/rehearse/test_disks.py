@@ -261,3 +261,18 @@ umount /newroot && cryptsetup close scratch && ls -1 /dev/mapper
     assert done.output == ["  cipher:  aes-xts-plain64", "lost+found", "control"]
     assert "not done: ioctl: scratch is not encrypted" in done.errors
     assert not any(image.read_bytes())
+
+
+def test_links_to_disks_where_the_image_has_udev(emu: Runner) -> None:
+    image = disk(
+        emu.place / "gpt.img", 'label: gpt\nsize=1MiB, name="boot", uuid=0F5B3A11-2C3D-4E5F-8899-AABBCCDDEEFF\n'
+    )
+    script = "ls -d /dev/disk/*/*\nhead -c 512 /dev/disk/by-partlabel/boot | wc -c"
+    tree = build_tree(emu.place / "tree", f"{START}{script}{END}", {"usr/lib/systemd/systemd-udevd": "#!/bin/false\n"})
+    done = boot(emu, tree, "--disk", f"vda={image},serial=S1")
+    assert " ".join(done.output).split() == [
+        "/dev/disk/by-id/virtio-S1", "/dev/disk/by-id/virtio-S1-part1", "/dev/disk/by-partlabel/boot",
+        "/dev/disk/by-partuuid/0f5b3a11-2c3d-4e5f-8899-aabbccddeeff", "/dev/disk/by-path/pci-0000:00:04.0",
+        "/dev/disk/by-path/pci-0000:00:04.0-part1", "/dev/disk/by-path/virtio-pci-0000:00:04.0",
+        "/dev/disk/by-path/virtio-pci-0000:00:04.0-part1", "512",
+    ]  # fmt: skip

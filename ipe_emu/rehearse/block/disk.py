@@ -11,9 +11,10 @@ from typing import Final
 from attrs import frozen
 
 from ipe_emu.errors import KernelError, UserError
-from ipe_emu.rehearse.block.content import ImageFile
+from ipe_emu.rehearse.block.content import SECTOR, ImageFile
 from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.block.partitions import read_partitions
+from ipe_emu.rehearse.block.probe import Probed, probe
 
 _NAME: Final = re.compile(r"vd[a-z]", re.ASCII)
 #: VIRTIO_BLK_ID_BYTES
@@ -73,6 +74,18 @@ class Disk:
         except UserError as error:
             os.close(fd)
             raise UserError(f"--disk {self.name}: {self.image}: {error}") from None
+
+
+def probe_all(disks: Iterable[Disk], devices: BlockDevices) -> dict[str, Probed]:
+    """Return what blkid finds on disks and their partitions, by their names, as long as nothing was written to them."""
+    found = {}
+    for disk in disks:
+        whole = devices.named(disk.name)
+        if whole is not None:
+            for device in (whole, *devices.partitions_of(whole)):
+                start = device.partition.start * SECTOR if device.partition else 0
+                found[device.name] = probe(os.fspath(disk.image), start, device.size)
+    return found
 
 
 def _checked(fd: int) -> int:

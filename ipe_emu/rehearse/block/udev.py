@@ -17,6 +17,11 @@ def encode(name: str) -> str:
     return "".join(letter if letter in _PLAIN or ord(letter) > 0x7F else f"\\x{ord(letter):02x}" for letter in name)
 
 
+def replace(name: str) -> str:
+    """Write an attribute of a device as udev puts it into a link: what is not safe there is an underscore."""
+    return "".join(letter if letter in _PLAIN else "_" for letter in name)
+
+
 def links_of(devices: BlockDevices, device: BlockDevice, probed: Probed) -> Iterator[Link]:
     """Yield the links to a disk or partition; ``probed`` is what is on it. Paths are below /dev."""
     part = f"-part{device.partition.number}" if device.partition else ""
@@ -26,7 +31,7 @@ def links_of(devices: BlockDevices, device: BlockDevice, probed: Probed) -> Iter
         slot = home(devices, device.whole or device).split("/")[2]
         names += [f"by-path/pci-{slot}{part}", f"by-path/virtio-pci-{slot}{part}"]
         if serial:
-            names.append(f"by-id/virtio-{encode(serial)}{part}")
+            names.append(f"by-id/virtio-{replace(serial)}{part}")
     if probed.uuid:
         names.append(f"by-uuid/{probed.uuid}")
     if probed.label:
