@@ -6,9 +6,9 @@ machine itself, or not known).
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.lsm import Decision
@@ -214,11 +214,17 @@ Event = (
 
 @define(eq=False)
 class Timeline:
-    """The events so far, in order; may be told of more from any thread."""
+    """The events so far, in order; may be told of more from any thread.
 
+    A machine that runs for long, or means to, does things without end. After ``most_of_all`` events only what has not
+    happened before is kept; after as many of these again the rehearsal fails, for what decides it could be lost.
+    """
+
+    most_of_all: int = 20_000
     _listeners: list[Callable[[Event], None]] = field(factory=list, init=False)
     _events: list[Event] = field(factory=list, init=False)
     _start: float | None = field(default=None, init=False)
+    _kinds: set[Hashable] = field(factory=set, init=False, repr=False)
     _lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
 
     @property
@@ -243,6 +249,31 @@ class Timeline:
     def add(self, event: Event) -> None:
         """Note that something happened."""
         with self._lock:
-            self._events.append(event)
-            for listener in self._listeners:
-                listener(event)
+            if self._is_kept(event):
+                self._events.append(event)
+                for listener in self._listeners:
+                    listener(event)
+
+    def _is_kept(self, event: Event) -> bool:
+        kind = _kind(event)
+        if len(self._events) < self.most_of_all:
+            self._kinds.add(kind)
+            return True
+        if kind in self._kinds:
+            return False
+        if len(self._events) >= 2 * self.most_of_all:
+            if self._kinds:
+                self._kinds.clear()
+                self._events.append(Failed(event.when, None, "more happened than can be remembered"))
+            return isinstance(event, Rebooted | Panicked | TimedOut | CommandEnded)  # there is one of each at the most
+        self._kinds.add(kind)
+        return True
+
+
+def _kind(event: Event) -> Hashable:
+    """What makes an event another than one that happened before."""
+    if isinstance(event, Judged):
+        file = event.file
+        place = None if file is None else (file.path, file.dev, file.facts)
+        return event.operation, event.hook, place, event.decision.errno
+    return evolve(event, when=0.0, by=None)

@@ -15,9 +15,9 @@ def run_script(emu: Runner, script: str, *, status: int = 0, cmdline: str = "") 
     return done.output
 
 
-def test_the_texts_of_proc(emu: Runner) -> None:
+def test_the_texts_of_proc(one: Runner) -> None:
     output = run_script(
-        emu, "mount -t proc p /proc; cat /proc/cmdline; grep -c . /proc/filesystems; ls -d /proc/1", cmdline="a  b=c"
+        one, "mount -t proc p /proc; cat /proc/cmdline; grep -c . /proc/filesystems; ls -d /proc/1", cmdline="a  b=c"
     )
     assert output[0] == "a  b=c"
     assert int(output[1]) > 8
@@ -55,9 +55,9 @@ def test_the_securityfs_can_be_mounted_anywhere_and_often(emu: Runner) -> None:
     assert output == ["Boot", "0", "0"]
 
 
-def test_the_same_file_system_twice_on_one_directory(emu: Runner) -> None:
+def test_the_same_file_system_twice_on_one_directory(one: Runner) -> None:
     output = run_script(
-        emu,
+        one,
         f"""{MOUNTS}
         for kind in proc sysfs devtmpfs securityfs; do
             case $kind in
@@ -135,9 +135,9 @@ def test_binding_takes_along_what_a_kernel_has_in_one_file_system(emu: Runner) -
     ]
 
 
-def test_pivot_root_of_the_rootfs(emu: Runner) -> None:
+def test_pivot_root_of_the_rootfs(one: Runner) -> None:
     output = run_script(
-        emu,
+        one,
         """
         mount -t tmpfs none /newroot; mkdir /newroot/old
         pivot_root /newroot /newroot/old
@@ -146,15 +146,15 @@ def test_pivot_root_of_the_rootfs(emu: Runner) -> None:
     assert output == ["pivot_root: (null): Invalid argument"]
 
 
-def test_what_is_unknown_here_is_not_passed_over(emu: Runner) -> None:
+def test_what_is_unknown_here_is_not_passed_over(one: Runner) -> None:
     script = "mount -t btrfs none /tmp; mount -t debugfs none /tmp && ls /tmp"
-    output = run_script(emu, script, status=4)
+    output = run_script(one, script, status=4)
     assert output == ["mount: mounting none on /tmp failed: No such device"]
 
 
-def test_bad_arguments_fail_as_they_do_on_a_kernel(emu: Runner) -> None:
+def test_bad_arguments_fail_as_they_do_on_a_kernel(one: Runner) -> None:
     output = run_script(
-        emu,
+        one,
         """
         mount -t proc none /absent
         mount -t proc none /etc/file
