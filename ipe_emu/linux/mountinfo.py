@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Final
 
 from attrs import define, field, frozen
 
-from ipe_emu.linux import procfs, statx
+from ipe_emu.linux import namespaces, procfs, statx
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
@@ -124,7 +125,8 @@ class Superblocks:
         """Return a mount, and the root directory that its ``point`` counts from.
 
         A process sees the mounts below its root directory only. Where it changed that, an ancestor is asked, the last
-        of which is the first process of its pid namespace, or of ours.
+        of which is the first process of its pid namespace, or of ours; or else, where it has a mount namespace of its
+        own, this process looks itself.
         """
         known = self.mounts.get(mount_id)
         if known is not None:
@@ -134,7 +136,8 @@ class Superblocks:
             root = None if mount is None else _root_of(process)
             if mount is not None and root is not None:
                 return mount, root
-        return None
+        mount = _of_namespace(pid).get(mount_id)
+        return None if mount is None else (mount, b"/")
 
 
 #: Of this machine, where nothing stands for anything else.
@@ -151,6 +154,24 @@ def locate(path: bytes) -> Location:
     if found is None:
         raise OSError(errno.EXDEV, "its mount cannot be seen", path)
     return found
+
+
+def _of_namespace(pid: int) -> Mapping[int, MountEntry]:
+    """Return all mounts of the mount namespace of a process; none if this process may not look."""
+    # Of this /proc, which that namespace need not have; "mountinfo" in it is that of the thread which opens it.
+    threads = os.open(f"/proc/{os.getpid()}/task", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def read() -> bytes:
+        fd = os.open(f"{threading.get_native_id()}/mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=threads)
+        with open(fd, "rb") as stream:  # noqa: PTH123 - a descriptor
+            return stream.read()
+
+    try:
+        return _parse(namespaces.in_mount_namespace_of(pid, read))
+    except OSError:
+        return {}
+    finally:
+        os.close(threads)
 
 
 def _root_of(pid: int) -> bytes | None:

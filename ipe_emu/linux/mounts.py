@@ -5,14 +5,12 @@ import errno
 import os
 import re
 import struct
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from ipe_emu.linux import namespaces, syscalls
-from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_RECURSIVE
 
 
@@ -47,7 +45,6 @@ _FSCONFIG_CMD_CREATE: Final = 6
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 1 << 18
 _MNT_DETACH: Final = 2
-_CLONE_FS: Final = 0x200
 
 #: struct mount_attr: to set, to clear, propagation, user namespace.
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")
@@ -81,31 +78,7 @@ def clone_in_namespace_of(pid: int, fd: int) -> int:
     The mount is one of process ``pid``'s mount namespace. OSError if that process may not be looked at, or the copy is
     not allowed.
     """
-    return _in_namespace(pid, lambda: clone_at(fd, recursive=True))
-
-
-def _in_namespace(pid: int, act: Callable[[], int]) -> int:
-    """Do something in a thread that is in another mount namespace, for which it needs its own root directory."""
-    result: list[int | OSError] = []
-
-    def run() -> None:
-        try:
-            syscalls.call("unshare", _CLONE_FS)
-            namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                namespaces.enter(namespace, Namespace.MOUNT)
-            finally:
-                os.close(namespace)
-            result.append(act())
-        except OSError as error:
-            result.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(result[0], OSError):
-        raise result[0]
-    return result[0]
+    return namespaces.in_mount_namespace_of(pid, lambda: clone_at(fd, recursive=True))
 
 
 def attach(mount: int, path: Path) -> None:

@@ -2,12 +2,16 @@
 
 import errno
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from enum import IntFlag
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from ipe_emu.linux import syscalls
+
+_Result = TypeVar("_Result")
+_CLONE_FS: Final = 0x200
 
 
 class Namespace(IntFlag):
@@ -30,6 +34,35 @@ def unshare(kinds: Namespace) -> None:
 def enter(fd: int, kind: Namespace) -> None:
     """Join the namespace that ``fd`` is open on (setns(2))."""
     syscalls.call("setns", fd, kind)
+
+
+def in_mount_namespace_of(pid: int, act: Callable[[], _Result]) -> _Result:
+    """Do something in the mount namespace of a process, at its root, in a thread that ends with it.
+
+    The thread needs a root directory of its own, and this process has to be privileged over both user namespaces.
+    OSError of ``act``, or if it may not go there.
+    """
+    done: list[_Result] = []
+    failed: list[OSError] = []
+
+    def run() -> None:
+        try:
+            syscalls.call("unshare", _CLONE_FS)
+            namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                enter(namespace, Namespace.MOUNT)
+            finally:
+                os.close(namespace)
+            done.append(act())
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 class IdRange(NamedTuple):

@@ -109,6 +109,9 @@ def test_several_volumes_each_with_its_own_facts(emu: Runner, volumes: dict[Kind
         mkdir /tmp/volume-test; mount --bind mnt/bin /tmp/volume-test; /tmp/volume-test/sh -c 'echo bound'
         umount /tmp/volume-test; rmdir /tmp/volume-test
         chroot mnt /bin/sh -c 'echo rooted'
+        mkdir /tmp/volume-root; mount -t tmpfs none /tmp/volume-root; mkdir -p /tmp/volume-root/a/bin
+        cp mnt/bin/sh /tmp/volume-root/a/bin; mkdir /tmp/volume-root/a/mnt; mount --bind mnt /tmp/volume-root/a/mnt
+        unshare -m chroot /tmp/volume-root/a /mnt/bin/sh -c 'echo below'; umount -R /tmp/volume-root
         mount -t tmpfs none mnt; mkdir mnt/bin; cp other/bin/sh mnt/bin/sh; mnt/bin/sh -c 'echo covered'
         mnt/bin/sh -c 'echo covered'
     """
@@ -117,7 +120,7 @@ def test_several_volumes_each_with_its_own_facts(emu: Runner, volumes: dict[Kind
         script, "--volume", one.option("mnt"), "--volume", other.option("other"), "--audit-log", str(log),
         *policy(emu, one.root_hash),
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["one", "bound", "rooted"], done.stderr
+    assert done.stdout.splitlines() == ["one", "bound", "rooted", "below"], done.stderr
     denied = re.findall(r'path="([^"]*)" dev="([^"]*)"', log.read_text())
     assert denied == [(f"{emu.place}/other/bin/sh", "dm-1")] + 2 * [(f"{emu.place}/mnt/bin/sh", "tmpfs")]
 
