@@ -105,12 +105,11 @@ def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
     if args.attach is not None:
         raise UserError("--volume and --attach: the emulator that is mounted there cannot serve volumes")
     from ipe_emu.volumes.image import open_verified
-    from ipe_emu.volumes.programs import HIDES_ERRORS
     from ipe_emu.volumes.specification import parse
 
     images = [open_verified(parse(text)) for text in args.volume]
     for image in images:
-        if image.kind in HIDES_ERRORS:
+        if image.hides_errors:
             with progress_bar("verifying", image.size) as progress:
                 image.verify(jobs=JOBS, progress=progress)
     return images

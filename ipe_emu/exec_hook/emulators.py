@@ -30,10 +30,9 @@ from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.linux.verity_state import VerityState
 from ipe_emu.lsm import Ipe, UpstreamRefusal
 from ipe_emu.volumes.facts import VolumeFacts
-from ipe_emu.volumes.image import VerifiedImage
-from ipe_emu.volumes.programs import HIDES_ERRORS
 
 if TYPE_CHECKING:
+    from ipe_emu.volumes.image import VerifiedImage
     from ipe_securityfs.client import Connection, RemoteIpe
 
 
@@ -88,7 +87,7 @@ class OwnEmulator:
 
     make_ipe: Callable[[], Ipe]
     facts: Declared
-    images: Mapping[str, VerifiedImage] = field(factory=dict)
+    images: "Mapping[str, VerifiedImage]" = field(factory=dict)
     sealable: Sequence[Place] = ()
     dm_verity_unsealed: bool = False
     _sealing: Sealing = field(init=False)
@@ -148,7 +147,7 @@ class OwnEmulator:
     def _corrupted(self, sandbox: Sandbox, report: Report, name: str, what: str) -> None:
         """Note that a block could not be read; where its reader would hide that, it must not live to do so."""
         report.corrupted(what)
-        if self.images[name].kind not in HIDES_ERRORS:
+        if not self.images[name].hides_errors:
             return
         report.failed(f"{name} changed while it was used, and the program that serves it does not pass on such errors")
         if name in self._helpers:

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, frozen
 
@@ -24,9 +24,10 @@ from ipe_emu.integrity.declared import Declared
 from ipe_emu.integrity.sources import Place
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Ipe
-from ipe_emu.volumes import programs
-from ipe_emu.volumes.image import VerifiedImage
 from ipe_securityfs.control import make_runtime_directory, runtime_directories
+
+if TYPE_CHECKING:
+    from ipe_emu.volumes.image import VerifiedImage
 
 #: Returned where an error of ours, or something that could not be judged, stands in for the command's status.
 FAILED: Final = 125
@@ -52,7 +53,7 @@ class RunOptions:
     audit_log: Path | None = None
     fail_on_deny: bool = False
     debug: bool = False
-    volumes: Sequence[VerifiedImage] = ()
+    volumes: "Sequence[VerifiedImage]" = ()
     sealable: Sequence[Place] = ()
     dm_verity_unsealed: bool = False
 
@@ -154,7 +155,9 @@ def _supervise(sandbox: Sandbox, emulator: Emulator, report: Report) -> int:
     return status
 
 
-def _planned(number: int, image: VerifiedImage) -> PlannedVolume:
+def _planned(number: int, image: "VerifiedImage") -> PlannedVolume:
+    from ipe_emu.volumes import programs  # noqa: PLC0415 - most runs have no volumes
+
     directory = image.specification.directory
     if not directory.is_dir():
         raise UserError(f"--volume: {directory}: no such directory; make it first")

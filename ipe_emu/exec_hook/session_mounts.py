@@ -7,16 +7,17 @@ and what /proc/keys shows.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs, shown
 from ipe_emu.linux import mounts
-from ipe_emu.volumes import helper
-from ipe_emu.volumes.helper import Mounted
-from ipe_emu.volumes.recognise import Kind
+
+if TYPE_CHECKING:
+    from ipe_emu.volumes.helper import Mounted
+    from ipe_emu.volumes.recognise import Kind
 
 #: A directory that is there, and that nobody needs meanwhile.
 _STAGING: Final = Path("/sys")
@@ -36,7 +37,7 @@ class PlannedVolume:
 
     name: str
     directory: Path
-    kind: Kind
+    kind: "Kind"
     program: str
 
     def describe(self) -> str:
@@ -50,7 +51,7 @@ class Prepared:
 
     securityfs: int
     keys: int
-    volumes: Sequence[tuple[PlannedVolume, Mounted]]
+    volumes: "Sequence[tuple[PlannedVolume, Mounted]]"
 
     def attach(self, channel: Channel) -> None:
         """Attach all but ``keys``.
@@ -82,19 +83,23 @@ def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_
     stage.mkdir()
     SecurityFs(fuse, session).execute()
     _send_session(channel, fuse, session, user_namespace)
-    mounted = []
-    for volume in volumes:
-        image = os.open(session / _IMAGES / volume.name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            mounted.append((volume, helper.mount(volume.kind, volume.program, image, stage, volume.name)))
-        except OSError as error:
-            channel.send("unmountable", {"why": error.strerror})
-            raise
-        finally:
-            os.close(image)
+    mounted = [(volume, _mount(channel, volume, session / _IMAGES / volume.name, stage)) for volume in volumes]
     securityfs, keys = (mounts.clone(session / name, recursive=False) for name in (_SECURITY, _KEYS))
     mounts.detach(bytes(_STAGING))
     return Prepared(securityfs, keys, mounted)
+
+
+def _mount(channel: Channel, volume: PlannedVolume, path: Path, stage: Path) -> "Mounted":
+    from ipe_emu.volumes import helper  # noqa: PLC0415 - most runs have no volumes
+
+    image = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return helper.mount(volume.kind, volume.program, image, stage, volume.name)
+    except OSError as error:
+        channel.send("unmountable", {"why": error.strerror})
+        raise
+    finally:
+        os.close(image)
 
 
 def _send_session(channel: Channel, fuse: int, mounted_at: Path, user_namespace: int) -> None:

@@ -17,6 +17,7 @@ from ipe_emu.integrity.hash_workers import Progress, no_progress
 from ipe_emu.keyring import Keyrings
 from ipe_emu.profiles import Profile
 from ipe_emu.volumes.opening import open_image
+from ipe_emu.volumes.programs import HIDES_ERRORS
 from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
 from ipe_emu.volumes.specification import TreeOptions, VolumeSpecification
 
@@ -42,6 +43,11 @@ class VerifiedImage:
     def size(self) -> int:
         """Bytes of data, as the mapped device has."""
         return self.verity.parameters.data_size
+
+    @property
+    def hides_errors(self) -> bool:
+        """Whether who reads it through its program is not told that a block is corrupted."""
+        return self.kind in HIDES_ERRORS
 
     @property
     def facts(self) -> Facts:
