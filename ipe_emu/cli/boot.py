@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ipe_emu.lsm import UpstreamRefusal
     from ipe_emu.rehearse.report import Summary
 
+#: COMMAND_LINE_SIZE of x86_64 and aarch64, the NUL at the end included.
+_COMMAND_LINE_SIZE = 2048
+_LONGEST_TIMEOUT = 1_000_000
+
 
 def add_parser(commands: Subparsers, line: str) -> None:
     """Add the command."""
@@ -66,8 +70,17 @@ ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd
     parser.add_argument(
         "--html", metavar="FILE", help="write the report as one HTML page, with the timeline as a picture"
     )
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end the rehearsal after so long, as failed")
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="end the rehearsal after so long, as failed"
+    )
     add_machine_options(parser)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= _LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"not between 0 and {_LONGEST_TIMEOUT} seconds: {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     with open_image(args.image, profile, uki_profile=args.uki_profile) as image:
         reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
         args.cmdline = args.cmdline or image.cmdline or ""
+        if len(os.fsencode(args.cmdline)) >= _COMMAND_LINE_SIZE:
+            raise UserError(f"the command line is longer than {_COMMAND_LINE_SIZE - 1} bytes, where kernels cut it")
         options = BootOptions(
             profile=profile,
             devices=devices,

@@ -309,3 +309,23 @@ def test_without_a_policy_everything_runs(one: Runner) -> None:
     done = boot(one, build_tree(one.place / "tree", "echo ran; poweroff -f\n"), policy=None)
     assert done.output == ["ran"]
     assert done.records == []
+
+
+# -- bad usage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--timeout", "nan", "/"), "not between 0 and"),
+        (("--timeout", "-1", "/"), "not between 0 and"),
+        (("--cmdline", "x" * 2048, "tree"), "longer than 2047 bytes"),
+        (("--cmdline", " ".join(map(str, range(40))), "tree"), "more than 32 arguments"),
+        (("absent",), "absent: No such file or directory"),
+    ],
+)
+def test_bad_usage(one: Runner, options: tuple[str, ...], said: str) -> None:
+    build_tree(one.place / "tree", "poweroff -f\n")
+    done = one.run("boot", *options)
+    assert done.returncode == 2
+    assert said in done.stderr
