@@ -219,7 +219,7 @@ class SystemKeyrings:
             raise KernelError(errno.ENOTDIR, "a search begins at a keyring", "keyring_search_rcu")
         below = (start, *start.links)
         if kind == _KEYRING:
-            found = next((k for k in start.links if k.description == description), None)
+            found = next((k for k in below if k.description == description), None)
             if found is not None:
                 return found.serial
         elif kind != ASYMMETRIC:
@@ -296,6 +296,8 @@ class SystemKeyrings:
         keyring = self._look_up_keyring(ring, Permission.WRITE, is_root=is_root)
         if any(linked.serial == serial for linked in keyring.links):
             raise NotJudgedError(f"taking the builtin keys out of {keyring.name}")
+        if not serial:
+            raise KernelError(errno.EINVAL, "0 is no key", "lookup_user_key")
         if serial not in [key.serial for key in self]:
             raise KernelError(errno.ENOKEY, "no such key", "lookup_user_key")
         kept = [key for key in keyring.keys if key.serial != serial]

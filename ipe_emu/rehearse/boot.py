@@ -29,7 +29,7 @@ from ipe_emu.exec_hook.sandbox import Sandbox
 from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Facts
-from ipe_emu.kernel_cmdline import words
+from ipe_emu.kernel_cmdline import parse_cmdline, words
 from ipe_emu.linux import openat2, process, statx
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
 from ipe_emu.linux.seccomp import Listener
@@ -223,7 +223,8 @@ class _Rehearsal:
         server.start()
         try:
             self._ipe = ipe = self.options.make_ipe(self.timeline)
-            self.keyctl.begin(ipe, self.root)
+            unsealed = parse_cmdline(self.options.cmdline).dm_verity_keyring_unsealed
+            self.keyctl.begin(ipe, self.root, dm_verity_unsealed=unsealed)
             fuse = sandbox.expect("fuse")
             self._init = sandbox.expect("init").fds[0]
             self._init_pid = process.pid_of(self._init)

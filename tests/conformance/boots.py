@@ -6,6 +6,7 @@ nobody would know the order of its records. Processes are numbered in the order 
 
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,10 @@ def _add_program(tree: Path, program: Path) -> None:
         shutil.copy(path, tree / path.relative_to("/"))
 
 
+def _der(name: str) -> bytes:
+    return ssl.PEM_cert_to_DER_cert((vectors.KEYS / f"{name}.pem").read_text())
+
+
 _GOES_ON = policy("GoesOn", "1.0.0")
 
 _VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
@@ -306,6 +311,38 @@ cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT 
 /lib64/ld-linux-x86-64.so.2 /tmp/bash -c true; echo OUT ld of a copy $?
 {_OFF}""",
         programs=("/usr/bin/bash", "/usr/bin/env", "/usr/bin/true"),
+    ),
+    Boot(
+        "the kernel's keyrings",
+        f"""{MOUNTS}export PATH=/bin:/usr/bin
+first() {{ sed '1!d; s/^ *[0-9]*[0-9]: //; s/[0-9]\\{{6,\\}}/N/g; s/^/OUT /' $1; }}
+show() {{ "$@" >/tmp/shown 2>&1; status=$?; echo "OUT $ring: $1 $2 = $status"; first /tmp/shown; }}
+add() {{ keyctl padd asymmetric "$1" %:$ring <$2 >/tmp/id 2>/tmp/why; echo OUT $ring takes $2: $?; first /tmp/why; }}
+for ring in .builtin_trusted_keys .secondary_trusted_keys .fs-verity .dm-verity; do
+    show keyctl rdescribe %:$ring
+    grep " $ring: " /proc/keys >/tmp/line; sed 's/^[0-9a-f]* \\(.\\).* perm/\\1 perm/; s/^/OUT /' /tmp/line
+    for certificate in leaf trusted untrusted; do
+        add '' /etc/$certificate.der
+        grep "$(printf %08x $(cat /tmp/id))" /proc/keys >/tmp/line; sed 's/^.* perm/perm/; s/^/OUT /' /tmp/line
+        read id </tmp/id; show keyctl read $id
+    done
+    add mine /etc/junk; add mine /etc/leaf.der; add mine /etc/trusted.der
+    show keyctl rlist %:$ring
+    show keyctl search %:$ring asymmetric nobody; show keyctl search %:$ring asymmetric mine
+    show keyctl search %:$ring keyring .builtin_trusted_keys
+    show setuidgid 1000 keyctl rdescribe %:$ring; show setuidgid 1000 keyctl restrict_keyring %:$ring
+    show keyctl restrict_keyring %:$ring asymmetric nonsense; show keyctl restrict_keyring %:$ring keyring nonsense
+    show keyctl restrict_keyring %:$ring; show keyctl restrict_keyring %:$ring
+    add '' /etc/ec.der
+    show keyctl setperm %:$ring 0x082f0000; show keyctl setperm %:$ring 0x40000000
+    show keyctl link %:$ring @s; show keyctl unlink %:.builtin_trusted_keys %:.fs-verity
+    show keyctl unlink "$id" %:$ring
+    [ $ring = .secondary_trusted_keys ] || show keyctl clear %:$ring
+done
+{_OFF}""",
+        {**{f"etc/{name}.der": _der(name) for name in ("leaf", "trusted", "untrusted", "ec")}, "etc/junk": "junk"},
+        programs=("/usr/bin/keyctl",),
+        cmdline=("ipe.success_audit=0", "dm_verity.keyring_unsealed=1"),
     ),
     Boot(
         "a verity root by its root hash",
