@@ -49,7 +49,8 @@ class Batch:
     @property
     def known(self) -> tuple[known.Explanation, ...]:
         """What is in the README's table."""
-        return known.RUN if self.way in ("run", "volumes") else known.MOUNT
+        of_profile = known.OP_POLICY if self.profile == "op-policy" else ()
+        return of_profile + (known.RUN if self.way in ("run", "volumes") else known.MOUNT)
 
     def describe(self) -> str:
         """What it compared, and how to repeat it."""
@@ -61,7 +62,7 @@ class Batch:
 
     def run(self) -> tuple[Count, list[Difference]]:
         """Generate the sequences, and put them to both machines."""
-        generator = Generator(self.seed * 1_000_003 + self.number)
+        generator = Generator(self.seed * 1_000_003 + self.number, admitting=self.profile != "op-policy")
         return self.compare([generator.sequence(self.steps, way=self.way) for _ in range(self.sequences)])
 
     def shrunk(self, difference: Difference) -> Difference | None:
@@ -88,7 +89,15 @@ def batches(options: argparse.Namespace, kernels: list[reference_kernel.Kernel])
         way = ways[number // len(kernels) % len(ways)]
         size = min(PER_BATCH, left)
         machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}", on_volumes=way == "volumes")
-        yield Batch(options.seed, number, machine, kernel.profile, way, size, options.steps)
+        yield Batch(
+            options.seed,
+            number,
+            machine,
+            "op-policy" if options.op_policy else kernel.profile,
+            way,
+            size,
+            options.steps,
+        )
         left -= size
         number += 1
 
@@ -115,12 +124,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=50, help="steps of each (default: 50)")
     parser.add_argument("--kernel", choices=reference_kernel.SERIES, help="only this one")
     parser.add_argument("--way", choices=WAYS, help="only this way into the emulator")
+    parser.add_argument(
+        "--op-policy",
+        action="store_true",
+        help="compare the profile op-policy with Linux 7.3, from which it must differ in its answer to text alone",
+    )
     parser.add_argument("--batch", type=int, help="only this batch of the run")
     parser.add_argument("--most", type=int, default=10, help="differences to shrink and print (default: 10)")
     options = parser.parse_args(arguments)
     if os.geteuid():
         print("conformance: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
         return 77
+    if options.op_policy:
+        options.kernel = "7.3"
     series = [options.kernel] if options.kernel else list(reference_kernel.SERIES)
     reference_kernel.main(series)
     kernels = [kernel for name in series if (kernel := reference_kernel.built(name))]

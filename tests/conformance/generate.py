@@ -75,10 +75,11 @@ ODD_VERSIONS = (
 
 
 class Generator:
-    """Makes sequences. The same seed gives the same ones."""
+    """Makes sequences. The same seed gives the same ones; not ``admitting``, no rule of theirs allows op=POLICY."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, admitting: bool = True) -> None:
         self.random = random.Random(seed)
+        self._admitting = admitting
         self._begin()
 
     def _begin(self, way: str = "mount") -> None:
@@ -163,7 +164,10 @@ class Generator:
         if chance > 0.97:
             properties.append(self.random.choice(BAD_PROPERTIES))
         operation = "EXECUTE" if self.random.random() < 0.6 else self.random.choice(OPERATIONS)
-        words = [f"op={operation}", *properties, f"action={self.random.choice(('ALLOW', 'ALLOW', 'DENY'))}"]
+        action = self.random.choice(("ALLOW", "ALLOW", "DENY"))
+        if operation == "POLICY" and not self._admitting:
+            action = "DENY"
+        words = [f"op={operation}", *properties, f"action={action}"]
         if chance > 0.985:
             self.random.shuffle(words)
         return self.random.choice((" ", " ", " ", "  ", "\t")).join(words)

@@ -105,6 +105,21 @@ def test_only_the_size_of_an_open_node_is_known() -> None:
     assert first_difference([stat], [good, sized], [good] * 2, known.MOUNT) == (1, "result")
 
 
+def test_op_policy_may_differ_in_its_answer_to_text_alone() -> None:
+    step: Step = {"op": "write", "path": "ipe/new_policy"}
+    load = "policy_name=? policy_version=? policy_digest=? auid=0 ses=* lsm=ipe res=0 errno="
+    start = {"result": {"ok": 0}, "audit": []}
+    wanted = {"result": [{"error": "EBADMSG"}], "audit": [[1422, load + "-74"]]}
+    denied = [1420, 'ipe_op=POLICY ipe_hook=POLICY_LOAD rule="DEFAULT action=DENY"']
+    refused = {"result": [{"error": "EACCES"}], "audit": [denied, [1422, load + "-13"]]}
+    loaded = {"result": [{"ok": 5}], "audit": [[1422, load + "-74"]]}
+    executed = wanted | {"audit": [[1420, "ipe_op=EXECUTE"], [1422, load + "-74"]]}
+    assert first_difference([step], [start, refused], [start, wanted], known.OP_POLICY) is None
+    assert first_difference([step], [start, refused], [start, wanted]) == (1, "result")
+    assert first_difference([step], [start, loaded], [start, wanted], known.OP_POLICY) == (1, "result")
+    assert first_difference([step], [start, executed], [start, wanted], known.OP_POLICY) == (1, "audit")
+
+
 def test_a_record_loses_only_what_is_the_machine_s() -> None:
     text = 'ipe_op=EXECUTE pid=12 comm="x" path="/pid=3" dev="sda" ino=7 auid=5 ses=4294967295'
     assert audit.normal(text) == 'ipe_op=EXECUTE pid=* comm="x" path="/pid=*" dev=* ino=* auid=5 ses=*'
