@@ -1,4 +1,4 @@
-"""The kernel command line: its words, and the parameters that change what IPE answers, as the kernel reads them."""
+"""The kernel command line: its words, and the parameters that change what the emulated kernel answers."""
 
 from collections.abc import Iterator
 
@@ -18,6 +18,8 @@ class Parameters:
     enforce: bool = True
     success_audit: bool = False
     dm_verity_keyring_unsealed: bool = False
+    dm_verity_require_signatures: bool = False
+    force_gpt: bool = False
     ignored: tuple[bytes, ...] = ()
 
 
@@ -27,11 +29,18 @@ def parse_cmdline(text: bytes) -> Parameters:
     The last boolean counts. A value that is no boolean is ``ignored``: the kernel logs an error and goes on with what
     it had. Every other word belongs to somebody else. ``--`` ends what the kernel reads.
     """
-    values = {b"ipe.enforce": True, b"ipe.success_audit": False, b"dm_verity.keyring_unsealed": False}
+    values = {
+        b"ipe.enforce": True,
+        b"ipe.success_audit": False,
+        b"dm_verity.keyring_unsealed": False,
+        b"dm_verity.require_signatures": False,
+    }
+    force_gpt = False
     ignored = []
     for word in words(text):
         if word == b"--":
             break
+        force_gpt |= word == b"gpt"
         name, equals, value = word.partition(b"=")
         name = name.replace(b"-", b"_")  # parameq() takes them for the same
         if name not in values:
@@ -42,8 +51,8 @@ def parse_cmdline(text: bytes) -> Parameters:
             values[name] = kstrtobool(value) if equals else True  # a bare name sets it
         except KernelError:
             ignored.append(word)
-    enforce, success_audit, unsealed = values.values()
-    return Parameters(enforce, success_audit, unsealed, tuple(ignored))
+    enforce, success_audit, unsealed, signed = values.values()
+    return Parameters(enforce, success_audit, unsealed, signed, force_gpt, tuple(ignored))
 
 
 def words(text: bytes) -> Iterator[bytes]:

@@ -27,6 +27,9 @@ from ipe_emu.kernel_cmdline import Parameters, parse_cmdline
         (b"ipe.enforce=0 ipe.enforce=maybe", Parameters(enforce=False, ignored=(b"ipe.enforce=maybe",))),
         (b"=ipe.enforce=0 \xff", Parameters()),
         (b"dm-verity.keyring-unsealed=1", Parameters(dm_verity_keyring_unsealed=True)),
+        (b"dm_verity.require_signatures", Parameters(dm_verity_require_signatures=True)),
+        (b"gpt quiet", Parameters(force_gpt=True)),
+        (b"gpt=1 -- gpt", Parameters()),
     ],
 )
 def test_parse_cmdline(text: bytes, expected: Parameters) -> None:

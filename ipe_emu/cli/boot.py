@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--then and --until switch-root: there the rehearsal ends before anything runs")
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
+    from ipe_emu.kernel_cmdline import parse_cmdline
     from ipe_emu.rehearse.block.device import BlockDevices
     from ipe_emu.rehearse.block.disk import Disk, attach, probe_all
     from ipe_emu.rehearse.boot import BootOptions, boot
@@ -99,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
 
     devices = BlockDevices()
     disks = [Disk.parse(text) for text in args.disk]
-    attach(disks, devices)
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
     with open_image(args.image, profile, uki_profile=args.uki_profile) as image:
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         args.cmdline = args.cmdline or image.cmdline or ""
         if len(os.fsencode(args.cmdline)) >= _COMMAND_LINE_SIZE:
             raise UserError(f"the command line is longer than {_COMMAND_LINE_SIZE - 1} bytes, where kernels cut it")
+        attach(disks, devices, force_gpt=parse_cmdline(os.fsencode(args.cmdline)).force_gpt)
         options = BootOptions(
             profile=profile,
             devices=devices,

@@ -91,7 +91,7 @@ class BootOptions:
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
     ``release`` is the kernel's, if the image says it.
     ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is. ``devices`` are
-    the disks, ``probe`` finds what is on them; ``require_signatures`` is dm-verity's parameter.
+    the disks, ``probe`` finds what is on them.
     """
 
     profile: Profile
@@ -105,7 +105,6 @@ class BootOptions:
     unshiftable: str | None = None
     devices: BlockDevices = field(factory=BlockDevices)
     probe: Callable[[], Mapping[str, Probed]] = field(default=dict)
-    require_signatures: bool = False
 
 
 def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -> WatchedIpe:
@@ -199,7 +198,7 @@ class _Rehearsal:
             self.agent,
             self,
             self.options.probe,
-            self.options.require_signatures,
+            parse_cmdline(self.options.cmdline).dm_verity_require_signatures,
         )
         self.disks.facts_changed = self.file_systems.take_facts
 

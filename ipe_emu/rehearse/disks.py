@@ -230,7 +230,7 @@ class Disks:
 
     def corrupted(self, corruption: Corruption) -> None:
         """Log it, and restart the machine if the table says so."""
-        self.telling.log(f"device-mapper: verity: {corruption.device}: {corruption.reason}")
+        self.telling.log(f"device-mapper: verity: {corruption.data_device}: {corruption.reason}")
         if corruption.action in {"restart", "panic"}:
             self.telling.restart(f"{corruption.action}_on_corruption of the verity device {corruption.device}")
 

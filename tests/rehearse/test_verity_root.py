@@ -67,13 +67,13 @@ op=EXECUTE {rule} action=ALLOW
 
 def run(
     emu: Runner, root: Volume, script: str, *options: str, rule: str = "", content: bytes | None = None,
-    files: dict[str, str | bytes] | None = None, kernel: str = "linux-7.3",
+    files: dict[str, str | bytes] | None = None, kernel: str = "linux-7.3", cmdline: str = "ipe.success_audit=1",
 ) -> Booted:  # fmt: skip
     tree = build_tree(emu.place / "tree", f"{START}TYPE={root.kind.value}\n{script}", files)
     add_programs(tree, "veritysetup", "dmsetup")
     rule = rule or f"dmverity_roothash=sha256:{root.root_hash}"
     arguments = [*disks(root, emu.place, content), "--kernel", kernel, *options]
-    return boot(emu, tree, *arguments, policy=policy(rule), cmdline="ipe.success_audit=1")
+    return boot(emu, tree, *arguments, policy=policy(rule), cmdline=cmdline)
 
 
 def opening(root: Volume, *options: str) -> str:
@@ -137,7 +137,8 @@ def test_a_tampered_root(one: Runner, squashfs: Volume) -> None:
     done = run(one, squashfs, opening(squashfs) + SWITCH, content=bytes(content))
     assert done.status != 0
     assert "executed" not in done.output
-    assert re.search(r"device-mapper: verity: root: data block \d+ .* is corrupted", done.errors)
+    assert ": tampered volume: " in done.errors
+    assert re.search(r"device-mapper: verity: 254:0: data block \d+ .* is corrupted", done.errors)
 
 
 def test_a_signed_root_hash(emu: Runner, squashfs: Volume, tmp_path: Path) -> None:
@@ -162,3 +163,10 @@ def test_a_signed_root_hash(emu: Runner, squashfs: Volume, tmp_path: Path) -> No
     )
     assert "cannot open" in stranger.output
     assert "(ENOKEY)" in stranger.errors
+
+
+def test_a_machine_that_requires_signatures(one: Runner, squashfs: Volume) -> None:
+    script = f"{opening(squashfs)}poweroff -f"
+    done = run(one, squashfs, script, cmdline="dm_verity.require_signatures=1")
+    assert "cannot open" in done.output
+    assert "(ENOKEY)" in done.errors

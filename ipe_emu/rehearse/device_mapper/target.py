@@ -31,10 +31,12 @@ class Surroundings(Protocol):
 class Corruption:
     """A block that a verity device found corrupted; ``action`` is what its table says is then done.
 
+    ``data_device`` is the number of the device with the data, as the kernel's log has it.
     ``eio``, ``ignore``, ``restart`` or ``panic``.
     """
 
     device: str
+    data_device: str
     reason: str
     action: str
 

@@ -67,6 +67,7 @@ class VerityContent:
     blocks: VerifiedBlocks
     size: int
     name: str
+    data_device: str
     action: str
     _table: Table = field(repr=False)
     corrupted: bool = False
@@ -92,7 +93,7 @@ class VerityContent:
             return self.blocks.read_block(number)
         except CorruptedError as error:
             self.corrupted = True
-            self._table.corrupted(Corruption(self.name, error.reason, self.action))
+            self._table.corrupted(Corruption(self.name, self.data_device, error.reason, self.action))
             if self.action != "ignore":
                 raise
             size = self.blocks.parameters.data_block_size
@@ -194,7 +195,7 @@ class VerityType:
         except UserError as error:
             raise NotJudgedError(f"a verity table that is not emulated: {error}") from None
         action = _ON_CORRUPTION.get(options.on_corruption, "eio")
-        content = VerityContent(blocks, length * SECTOR, table.owner_name, action, table)
+        content = VerityContent(blocks, length * SECTOR, table.owner_name, data_device.shown, action, table)
         return Verity(length, data_device, hash_device, parameters, hash_start, root_hash, options, content)
 
     def _verify_root_hash(self, table: Table, text: bytes, signature: bytes) -> None:
