@@ -77,6 +77,8 @@ _WITH_DEVPTS: Final = 4
 _LEVEL: Final = re.compile(r"^<\d+>")
 #: Where udev's daemon is.
 _UDEV: Final = (b"/usr/lib/systemd/systemd-udevd", b"/lib/systemd/systemd-udevd", b"/lib/udev/udevd", b"/sbin/udevd")
+#: How long the machine's processes may take to end once they are killed, in seconds.
+_TIME_TO_DIE: Final = 10.0
 #: Devices of this machine that every program may use.
 _SHARED_DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -369,8 +371,13 @@ class _Rehearsal:
                 left = None if end is None else max(0.0, end - time.monotonic())
                 message = self._sandbox.next(self._sandbox.interrupt, left)
             except TimeoutError:
+                if self._ended:  # killed, and still there: the sandbox's end will do
+                    return
                 self.timeline.add(events.TimedOut(self.timeline.now, None, timeout or 0.0))
-                return
+                # Its processes go before what serves them does, or they would meet errors that are none.
+                self._kill()
+                end = time.monotonic() + _TIME_TO_DIE
+                continue
             match message.kind:
                 case "log":
                     self._log(message.values["text"])
@@ -386,7 +393,6 @@ class _Rehearsal:
                     if not self._ended:
                         self._command_ended(message.values["status"])
                         self._kill()
-                        return
                 case "ended":
                     if not self._ended:
                         self._panic(f"Attempted to kill init! exitcode=0x{message.values['status']:08x}")

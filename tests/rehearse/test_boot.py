@@ -145,6 +145,13 @@ def test_a_command_is_judged_as_all_else_is(one: Runner) -> None:
     assert 'dev="tmpfs"' in done.record('ipe_hook=BPRM_CHECK .* comm="sh" path="/bin/busybox"')
 
 
+def test_what_still_runs_when_the_command_ends_is_no_failure(one: Runner) -> None:
+    busy = "#!/bin/sh\nwhile :; do /bin/busybox true; done\n"
+    tree = build_tree(one.place / "tree", SWITCH, {"etc/newinit": busy})
+    done = boot(one, tree, "--then", "exec /bin/busybox sleep 0.2", policy=None)
+    assert done.status == 0, done.errors
+
+
 def test_a_command_that_does_not_come_to_its_end(one: Runner) -> None:
     tree = build_tree(one.place / "tree", SWITCH, {"etc/newinit": "#!/bin/sh\n/bin/busybox poweroff -f\n"})
     done = boot(one, tree, "--then", "exec /bin/busybox sleep 1000", policy=None)
