@@ -52,21 +52,28 @@ class Mounts:
         return self._of(pid, fd)[0]
 
     def locate(self, pid: int, fd: int, path: bytes, ino: int) -> tuple[Mount, Location | None]:
-        """Return the same, and where the file lies on its file system; None if nobody sees its mount.
+        """Return the same, and where the file lies on its file system; None on a mount that the kernel keeps to itself.
 
-        ``path`` is how /proc/self/fd names it, ``ino`` its inode number.
+        ``path`` is how /proc/self/fd names it, ``ino`` its inode number. NotJudgedError for any other mount that nobody
+        sees: such a file keeps the facts of its file system, and there is no telling which are its own.
         """
         mount, unique = self._of(pid, fd)
         if unique is None:
-            return mount, self._superblocks.location(pid, mount.id, path)
+            return mount, self._location(pid, mount, fd, path)
         # The mount may move, and the file be renamed: then it has another path. Where both happen so that the path is
         # again the same, it is still the same file.
         key = (unique, ino, path)
         if key not in self._locations:
             if len(self._locations) >= _MOST_LOCATIONS:
                 self._locations.clear()
-            self._locations[key] = self._superblocks.location(pid, mount.id, path)
+            self._locations[key] = self._location(pid, mount, fd, path)
         return mount, self._locations[key]
+
+    def _location(self, pid: int, mount: Mount, fd: int, path: bytes) -> Location | None:
+        found = self._superblocks.location(pid, mount.id, path)
+        if found is None:
+            _kernel_mount(fd)
+        return found
 
     def _of(self, pid: int, fd: int) -> tuple[Mount, int | None]:
         """Return a mount, and its id that is never reused."""
