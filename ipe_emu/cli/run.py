@@ -76,10 +76,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         profile = announce(args.kernel)
     declared = declared_of(args)
-    volumes = _volumes(args)
+    from ipe_emu.kernel_cmdline import parse_cmdline
+
+    parameters = parse_cmdline(os.fsencode(args.cmdline))
+    volumes = _volumes(args, signed=parameters.dm_verity_require_signatures)
     from ipe_emu.exec_hook.run import RunOptions
     from ipe_emu.exec_hook.run import run as run_command
-    from ipe_emu.kernel_cmdline import parse_cmdline
 
     emit = open_audit_log(args.audit_log)
     return run_command(
@@ -93,13 +95,16 @@ def run(args: argparse.Namespace) -> int:
             fail_on_deny=args.fail_on_deny,
             debug=args.debug,
             volumes=volumes,
-            dm_verity_unsealed=parse_cmdline(os.fsencode(args.cmdline)).dm_verity_keyring_unsealed,
+            dm_verity_unsealed=parameters.dm_verity_keyring_unsealed,
         )
     )
 
 
-def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
-    """The volumes that the options describe, opened. UserError for what a kernel would not mount."""
+def _volumes(args: argparse.Namespace, *, signed: bool) -> "list[VerifiedImage]":
+    """The volumes that the options describe, opened. UserError for what a kernel would not mount.
+
+    ``signed`` is whether each root hash must be (``dm_verity.require_signatures``).
+    """
     if not args.volume:
         return []
     if args.attach is not None:
@@ -107,7 +112,14 @@ def _volumes(args: argparse.Namespace) -> "list[VerifiedImage]":
     from ipe_emu.volumes.image import open_verified
     from ipe_emu.volumes.specification import parse
 
-    images = [open_verified(parse(text)) for text in args.volume]
+    specifications = [parse(text) for text in args.volume]
+    for specification in specifications:
+        if signed and specification.signature is None:
+            raise UserError(
+                f"--volume {escape(str(specification.directory))}: no signature= for its root hash, and --cmdline says"
+                " dm_verity.require_signatures: a kernel answers ENOKEY (verity_verify_root_hash)"
+            )
+    images = [open_verified(specification) for specification in specifications]
     for image in images:
         if image.hides_errors:
             with progress_bar("verifying", image.size) as progress:

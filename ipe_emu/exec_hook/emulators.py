@@ -127,11 +127,11 @@ class OwnEmulator:
         known = Combined([*([of_volumes] if self.images else []), self.facts.in_sandbox(), self._sealing.seals])
         of_kernel = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
         self._known = Overlays(of_kernel, self.superblocks)
+        fuse, surroundings = sandbox.fuse()
+        self._keyctl.begin(self._ipe, surroundings.root, dm_verity_unsealed=self.dm_verity_unsealed)
         for name, image in self.images.items():
             image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
             image.verify_signature(self._ipe.keyrings, self._ipe.profile)
-        fuse, surroundings = sandbox.fuse()
-        self._keyctl.begin(self._ipe, surroundings.root, dm_verity_unsealed=self.dm_verity_unsealed)
         texts = {"keys": self._keyctl.proc_keys}
         self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images, texts))
         for name, image in self.images.items():

@@ -192,6 +192,13 @@ def test_a_directory_that_is_not_there(emu: Runner, volumes: dict[Kind, Volume])
     assert "gone: no such directory; make it first" in done.stderr
 
 
+def test_a_root_hash_that_must_be_signed(emu: Runner, volumes: dict[Kind, Volume]) -> None:
+    volume = copied(volumes[Kind.SQUASHFS], emu).option("mnt")
+    done = emu.shell("echo never", "--cmdline", "dm_verity.require_signatures=1", "--volume", volume)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ENOKEY" in done.stderr
+
+
 def helpers_of(process: int) -> list[int]:
     return [pid for pid in descendants_of(process) if b"squashfuse" in Path(f"/proc/{pid}/comm").read_bytes()]
 
