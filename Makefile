@@ -1,9 +1,9 @@
 # Every target does all its own set-up: a fresh clone, python3 (3.11 or newer), make and git are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak reference-kernel conformance vectors clean
+.PHONY: help setup demo test lint bench soak reference-kernel conformance conformance-stock vectors clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-16s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-18s %s\n' "$$target" "$$text"; done
 
 setup: ## make .venv/ and install what it needs (idempotent; quick when there is nothing to do)
 	@scripts/setup
@@ -28,6 +28,9 @@ reference-kernel: setup ## build the real kernels to compare with (User-Mode Lin
 
 conformance: setup ## put generated sequences to the real kernels and to the emulator (as root; half an hour)
 	@.venv/bin/python -m scripts.conformance
+
+conformance-stock: setup ## the same, shorter, with Debian's own kernel as it is shipped, in QEMU (as root)
+	@.venv/bin/python -m scripts.conformance_stock
 
 vectors: setup ## record anew in tests/vectors what the real kernels answer
 	@.venv/bin/python -m scripts.vectors

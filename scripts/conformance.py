@@ -20,9 +20,10 @@ from scripts import reference_kernel
 from tests.conformance import known
 from tests.conformance.compare import Count, Difference, compare
 from tests.conformance.generate import WAYS, Generator, Step
-from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, UserModeLinux
+from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, Trusts, UserModeLinux
 from tests.conformance.shell_script import shell_script
 from tests.conformance.shrink import shrink
+from tests.conformance.stock import StockKernel
 
 PER_BATCH = 40
 
@@ -33,24 +34,26 @@ class Batch:
 
     seed: int
     number: int
-    kernel: UserModeLinux
+    kernel: UserModeLinux | StockKernel
     profile: str
     way: str
     sequences: int
     steps: int
+    trusts: Trusts = "builtin"
 
     @property
     def emulator(self) -> MountedEmulator:
         """The emulator that is asked."""
         if self.way in ("run", "volumes"):
-            return RunningEmulator(self.profile, on_volumes=self.way == "volumes")
-        return MountedEmulator(self.profile)
+            return RunningEmulator(self.profile, on_volumes=self.way == "volumes", trusts=self.trusts)
+        return MountedEmulator(self.profile, trusts=self.trusts)
 
     @property
     def known(self) -> tuple[known.Explanation, ...]:
         """What is in the README's table."""
         of_profile = known.OP_POLICY if self.profile == "op-policy" else ()
-        return of_profile + (known.RUN if self.way in ("run", "volumes") else known.MOUNT)
+        of_firmware = known.SECURE_BOOT if self.trusts == "platform" else ()
+        return of_profile + of_firmware + (known.RUN if self.way in ("run", "volumes") else known.MOUNT)
 
     def describe(self) -> str:
         """What it compared, and how to repeat it."""
@@ -102,10 +105,10 @@ def batches(options: argparse.Namespace, kernels: list[reference_kernel.Kernel])
         number += 1
 
 
-def show(batch: Batch, difference: Difference) -> None:
-    """Print a difference, shrunk if it can be."""
+def show(batch: Batch, difference: Difference, *, shrinking: bool) -> None:
+    """Print a difference, shrunk if it shall and can be."""
     print(f"\nDIFFERENCE: {batch.describe()}")
-    shrunk = batch.shrunk(difference)
+    shrunk = batch.shrunk(difference) if shrinking else difference
     if shrunk is None:
         print("it needs the sequences before it: alone, the sequence shows none")
         shrunk = difference
@@ -116,36 +119,22 @@ def show(batch: Batch, difference: Difference) -> None:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """Run; 0 without differences, 1 with some, 77 where no reference kernel can be had."""
-    parser = argparse.ArgumentParser(description="Compare the emulator with real kernels.")
+def add_options(parser: argparse.ArgumentParser, sequences: int) -> None:
+    """Add what every run is told; ``sequences`` is how many it has unless told otherwise."""
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31), help="repeat a run")
-    parser.add_argument("--sequences", type=int, default=2000, help="how many, over both kernels (default: 2000)")
+    parser.add_argument("--sequences", type=int, default=sequences, help="how many in all (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each (default: 50)")
-    parser.add_argument("--kernel", choices=reference_kernel.SERIES, help="only this one")
     parser.add_argument("--way", choices=WAYS, help="only this way into the emulator")
-    parser.add_argument(
-        "--op-policy",
-        action="store_true",
-        help="compare the profile op-policy with Linux 7.3, from which it must differ in its answer to text alone",
-    )
     parser.add_argument("--batch", type=int, help="only this batch of the run")
-    parser.add_argument("--most", type=int, default=10, help="differences to shrink and print (default: 10)")
-    options = parser.parse_args(arguments)
-    if os.geteuid():
-        print("conformance: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
-        return 77
-    if options.op_policy:
-        options.kernel = "7.3"
-    series = [options.kernel] if options.kernel else list(reference_kernel.SERIES)
-    reference_kernel.main(series)
-    kernels = [kernel for name in series if (kernel := reference_kernel.built(name))]
-    if not kernels:
-        return 77
+    parser.add_argument("--most", type=int, default=10, help="differences to print (default: 10)")
+    parser.add_argument("--as-found", action="store_true", help="print them as they are: shrinking takes many boots")
+
+
+def run(wanted: list[Batch], options: argparse.Namespace, names: str) -> int:
+    """Run batches, and print what was compared with the kernels, called ``names``, and what differs. See `main`."""
     print(f"seed {options.seed}: {options.sequences} sequences of {options.steps} steps", flush=True)
     total, shown, found, broken = Count(), 0, 0, 0
     start = time.monotonic()
-    wanted = [batch for batch in batches(options, kernels) if options.batch in (None, batch.number)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         running: dict[Future[tuple[Count, list[Difference]]], Batch] = {
             pool.submit(batch.run): batch for batch in wanted
@@ -166,13 +155,38 @@ def main(arguments: list[str]) -> int:
                 f" {found} differences", flush=True,
             )  # fmt: skip
             for difference in differences[: max(options.most - shown, 0)]:
-                show(batch, difference)
+                show(batch, difference, shrinking=not options.as_found)
                 shown += 1
     print(
         f"{total.sequences} sequences, {total.steps} steps and {total.records} audit records compared with"
-        f" {' and '.join(f'Linux {kernel.package_version}' for kernel in kernels)}: {found} differences"
+        f" {names}: {found} differences"
     )
     return 1 if found or broken else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run; 0 without differences, 1 with some, 77 where no reference kernel can be had."""
+    parser = argparse.ArgumentParser(description="Compare the emulator with real kernels.")
+    add_options(parser, sequences=2000)
+    parser.add_argument("--kernel", choices=reference_kernel.SERIES, help="only this one")
+    parser.add_argument(
+        "--op-policy",
+        action="store_true",
+        help="compare the profile op-policy with Linux 7.3, from which it must differ in its answer to text alone",
+    )
+    options = parser.parse_args(arguments)
+    if os.geteuid():
+        print("conformance: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
+        return 77
+    if options.op_policy:
+        options.kernel = "7.3"
+    series = [options.kernel] if options.kernel else list(reference_kernel.SERIES)
+    reference_kernel.main(series)
+    kernels = [kernel for name in series if (kernel := reference_kernel.built(name))]
+    if not kernels:
+        return 77
+    wanted = [batch for batch in batches(options, kernels) if options.batch in (None, batch.number)]
+    return run(wanted, options, " and ".join(f"Linux {kernel.package_version}" for kernel in kernels))
 
 
 if __name__ == "__main__":

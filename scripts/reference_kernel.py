@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attrs import frozen
@@ -32,7 +32,7 @@ SERIES = ("6.12", "7.3")
 #: Where Debian keeps kernels, most settled first; a suite that a mirror lacks is passed over.
 _MAIN_SUITES = ("bookworm-backports", "trixie", "trixie-backports", "forky", "sid")
 _SECURITY_SUITES = ("bookworm-security", "trixie-security")
-#: Debian packages that a build needs, by a program or file that shows they are there.
+#: Debian packages that a build needs (install_missing).
 _NEEDED = {
     "flex": "flex", "bison": "bison", "bc": "bc", "make": "make", "gcc": "gcc", "xz": "xz-utils", "openssl": "openssl",
     "/usr/include/openssl/ssl.h": "libssl-dev", "/usr/include/libelf.h": "libelf-dev",
@@ -118,6 +118,11 @@ def _archives() -> tuple[str, str]:
     return main.rstrip("/"), found.get("Debian-Security", main.rstrip("/") + "-security").rstrip("/")
 
 
+def _compare_versions(one: str, other: str) -> int:
+    """Debian's order, as functools.cmp_to_key takes it."""
+    return 1 if subprocess.run(["dpkg", "--compare-versions", one, "gt", other], check=False).returncode == 0 else -1
+
+
 class Apt:
     """apt with a configuration of its own: Debian's suites that have kernels, in a directory that goes again."""
 
@@ -167,11 +172,19 @@ class Apt:
                 + ", ".join(_SECURITY_SUITES + _MAIN_SUITES)
                 + (f"; apt said:\n{self._complaints}" if self._complaints else "")
             )
-        newest = versions[0]
-        for version in versions[1:]:
-            if subprocess.run(["dpkg", "--compare-versions", version, "gt", newest], check=False).returncode == 0:
-                newest = version
-        return newest
+        return max(versions, key=functools.cmp_to_key(_compare_versions))
+
+    def newest_of(self, pattern: str) -> tuple[str, str]:
+        """The package with the newest version, of those whose names match a pattern."""
+        listed = self._run("apt-cache", "search", "--names-only", pattern).stdout
+        found = {name: self.newest(name) for line in listed.splitlines() if (name := line.split(" ")[0])}
+        if not found:
+            raise NotReachableError(
+                f"Debian's archive, as it is reached from here, has no package {pattern}"
+                + (f"; apt said:\n{self._complaints}" if self._complaints else "")
+            )
+        by_version = functools.cmp_to_key(_compare_versions)
+        return max(found.items(), key=lambda package: by_version(package[1]))
 
     def download(self, package: str, version: str) -> Path:
         """Fetch a package; apt checks it against the archive's signature."""
@@ -182,10 +195,13 @@ class Apt:
 # -- building -------------------------------------------------------------------------------------------------------
 
 
-def install_what_building_needs() -> None:
-    """Install the packages that are missing where that needs no password; else name them."""
+def install_missing(needed: Mapping[str, str], purpose: str) -> None:
+    """Install the packages that are missing where that needs no password; else name them.
+
+    ``needed``: Debian packages, by a program or file that shows that one is there. ``purpose``: what needs them.
+    """
     missing = [
-        package for sign, package in _NEEDED.items()
+        package for sign, package in needed.items()
         if not (Path(sign).exists() if sign.startswith("/") else shutil.which(sign))
     ]  # fmt: skip
     if not missing:
@@ -196,7 +212,7 @@ def install_what_building_needs() -> None:
         and subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0
     )
     if os.geteuid() and not can_sudo:
-        raise NotReachableError(f"building a kernel needs packages. Type:   sudo {' '.join(install)}")
+        raise NotReachableError(f"{purpose} needs packages. Type:   sudo {' '.join(install)}")
     say(f"installing: {' '.join(missing)}")
     prefix = ["sudo", "-n"] if os.geteuid() else []
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -298,7 +314,7 @@ def main(arguments: list[str]) -> int:
     if missing:
         with _work_directory() as directory:
             try:
-                install_what_building_needs()
+                install_missing(_NEEDED, "building a kernel")
                 apt = Apt(directory / "apt")
             except NotReachableError as error:
                 say(str(error))

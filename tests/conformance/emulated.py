@@ -1,6 +1,8 @@
 """Put a batch to the emulator: start it, and let the driver ask it as it asks a kernel.
 
-usage: python -m tests.conformance.emulated (mount | run) PROFILE WORK     (as root, in a mount namespace of its own)
+usage: python -m tests.conformance.emulated (mount | run) PROFILE (builtin | platform) WORK
+
+As root, in a mount namespace of its own. What it trusts: see machines.MountedEmulator.
 """
 
 import os
@@ -9,21 +11,25 @@ import sys
 from pathlib import Path
 
 from tests.conformance import driver, machines, volumes
-from tests.securityfs.emulator import mounted
-from tests.vectors import BOOT_POLICY, KEYS
+from tests.securityfs.emulator import RECORDED_MACHINES, mounted
+from tests.vectors import KEYS
 
 MOUNT = "/usr/bin/mount"
+TRUST = {
+    "builtin": RECORDED_MACHINES,
+    "platform": ("--platform-keys", KEYS / "builtin-trusted.pem"),
+}
 
 
 def main(arguments: list[str]) -> int:
-    way, profile, work = arguments
+    way, profile, trusts, work = arguments
     subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt"], check=True)
     for name in ("initramfs", "batch", "securityfs"):
         os.mkdir(f"/mnt/{name}")  # noqa: PTH102
     subprocess.run([MOUNT, "--bind", work, "/mnt/batch"], check=True)
     batch, answers = "/mnt/batch/batch.json", "/mnt/batch/answers.json"
     if way == "mount":
-        with mounted(Path("/mnt/securityfs"), kernel=profile) as emulator:
+        with mounted(Path("/mnt/securityfs"), kernel=profile, trust=TRUST[trusts]) as emulator:
             driver.main([batch, answers, str(emulator.directory), str(emulator.audit_log)])
         return 0
     subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt/initramfs"], check=True)
@@ -36,8 +42,7 @@ def main(arguments: list[str]) -> int:
     command = [
         sys.executable, "-m", "ipe_emu", "run",
         *(f"--volume={volume.option}" for volume in opened),
-        "--kernel", profile, "--boot-policy", str(BOOT_POLICY),
-        "--builtin-keys", str(KEYS / "builtin-trusted.pem"), "--boot-verified", "/mnt/initramfs",
+        "--kernel", profile, *map(str, TRUST[trusts]), "--boot-verified", "/mnt/initramfs",
         "--cmdline", "ipe.enforce=0", "--audit-log", "/mnt/batch/audit", "--",
         sys.executable, "-m", "tests.conformance.driver", batch, answers, "/sys/kernel/security", "/mnt/batch/audit",
         "executing",

@@ -45,6 +45,15 @@ def _text_under_op_policy(_sequence: list[Step], field: str, got: Any, wanted: A
     return bool(got == {"error": "EACCES"} and wanted == {"error": "EBADMSG"})
 
 
+def _module_signature(sequence: list[Step], field: str, got: Any, wanted: Any) -> bool:
+    """Under Secure Boot: what IPE allowed and is no module lacks a signature first, and its form is not looked at."""
+    if sequence[-1]["op"] != "module" or field != "result":
+        return False
+    return bool(got == {"error": "ENOEXEC"} and wanted == {"error": "EKEYREJECTED"})
+
+
 OP_POLICY: tuple[Explanation, ...] = (_text_under_op_policy,)
 MOUNT: tuple[Explanation, ...] = (_size_of_an_open_node,)
 RUN: tuple[Explanation, ...] = (_record_of_a_write_of_nothing,)
+#: Where the kernel was started by firmware with Secure Boot.
+SECURE_BOOT: tuple[Explanation, ...] = (_module_signature,)

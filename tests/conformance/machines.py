@@ -1,4 +1,4 @@
-"""The two machines that are asked: a reference kernel in user mode, and the emulator."""
+"""Machines that are asked: a reference kernel in user mode, and the emulator (Debian's own kernel: stock.py)."""
 
 import gzip
 import json
@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attrs import frozen
 
@@ -17,13 +18,14 @@ from tests.conformance import volumes
 ROOT = Path(__file__).parent.parent.parent
 Sequence = list[dict[str, Any]]
 Answers = list[dict[str, Any]]
+Trusts = Literal["builtin", "platform"]
 
 _INIT = """\
 #!/bin/busybox sh
 # The initramfs of a reference kernel: the host's files read-only, and what this test needs on /mnt.
 set -e
 b=/bin/busybox
-$b mount -t hostfs -o / none /host -o ro
+{prepare}$b mount {host} /host -o ro
 $b mount -t proc proc /host/proc
 $b mount -t sysfs sysfs /host/sys
 $b mount -t securityfs securityfs /host/sys/kernel/security
@@ -32,7 +34,7 @@ $b ln -s /proc/self/fd /host/dev/fd
 $b mount -t tmpfs -o mode=755 tmpfs /host/mnt
 $b mkdir /host/mnt/initramfs /host/mnt/batch
 $b mount --bind /t /host/mnt/initramfs
-$b mount -t hostfs -o {work} none /host/mnt/batch
+$b mount {batch} /host/mnt/batch
 set +e
 # As switch_root does it, but nothing is deleted. Without the move the driver could make no user namespaces.
 cd /host
@@ -64,27 +66,32 @@ class UserModeLinux:
             if self.on_volumes:
                 volumes.write(work / "volumes.json")
             image = work / "initramfs"
-            image.write_bytes(gzip.compress(_initramfs(work), 1))
+            image.write_bytes(initramfs(work, host="-t hostfs -o / none", batch=f"-t hostfs -o {work} none"))
             command = [
                 self.program, "mem=320M", f"initrd={image}", "con0=fd:0,fd:1", "con=null", "quiet", "ipe.enforce=0",
                 "ipe.success_audit=0", "panic=-1", f"uml_dir={work}",
             ]  # fmt: skip
-            printed = _run(command, self.seconds, cwd=work)
-            return _answers(work, printed)
+            printed = run(command, self.seconds, cwd=work)
+            return answers(work, printed)
 
 
 @frozen
 class MountedEmulator:
-    """``ipe-emu mount``, in a mount namespace of its own. Nothing that is executed is judged."""
+    """``ipe-emu mount``, in a mount namespace of its own. Nothing that is executed is judged.
+
+    ``trusts``: the reference kernels' boot policy and built-in keys, or the same keys in the platform's keyring alone.
+    """
 
     profile: str
     on_volumes: bool = False
     seconds: float = 900.0
+    trusts: Trusts = "builtin"
     under_run = False
 
     @property
     def name(self) -> str:
         command = f"ipe-emu {'run' if self.under_run else 'mount'} --kernel {self.profile}"
+        command += " --platform-keys ..." if self.trusts == "platform" else ""
         return command + (" --volume ..." if self.on_volumes else "")
 
     def answer(self, batch: list[Sequence]) -> list[Answers]:
@@ -95,11 +102,11 @@ class MountedEmulator:
                 volumes.write(work / "volumes.json")
             command = [
                 "unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.conformance.emulated",
-                "run" if self.under_run else "mount", self.profile, work,
+                "run" if self.under_run else "mount", self.profile, self.trusts, work,
             ]  # fmt: skip
             environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
-            printed = _run(command, self.seconds, cwd=Path("/"), env=environment)
-            return _answers(work, printed)
+            printed = run(command, self.seconds, cwd=Path("/"), env=environment)
+            return answers(work, printed)
 
 
 @frozen
@@ -109,7 +116,8 @@ class RunningEmulator(MountedEmulator):
     under_run = True
 
 
-def _run(command: list[Any], seconds: float, **options: Any) -> str:
+def run(command: list[Any], seconds: float, **options: Any) -> str:
+    """Run a machine until it ends; what it printed."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
@@ -122,15 +130,17 @@ def _run(command: list[Any], seconds: float, **options: Any) -> str:
     return bytes(done.stdout).decode(errors="replace")
 
 
-def _answers(work: Path, printed: str) -> list[Answers]:
+def answers(work: Path, printed: str) -> list[Answers]:
+    """What the driver wrote; MachineError with what the machine printed if it wrote nothing."""
     try:
-        answers: list[Answers] = json.loads((work / "answers.json").read_text())
+        answered: list[Answers] = json.loads((work / "answers.json").read_text())
     except OSError:
         raise MachineError(f"it gave no answers:\n{printed[-6000:]}") from None
-    return answers
+    return answered
 
 
-def _initramfs(work: Path) -> bytes:
+def initramfs(work: Path, *, host: str, batch: str, modules: Iterable[Path] = ()) -> bytes:
+    """The image, which first loads ``modules`` in their order; ``host`` and ``batch`` are what mount(8) mounts."""
     tree = work / "tree"
     for name in ("bin", "host", "t", "proc"):
         (tree / name).mkdir(parents=True)
@@ -138,7 +148,11 @@ def _initramfs(work: Path) -> bytes:
     assert busybox is not None, "make setup installs busybox"
     shutil.copy2(busybox, tree / "bin" / "busybox")
     init = tree / "init"
-    init.write_text(_INIT.format(work=work, root=ROOT, python=sys.executable))
+    prepare = ""
+    for module in modules:
+        shutil.copy2(module, tree)
+        prepare += f"$b insmod /{module.name}\n"
+    init.write_text(_INIT.format(prepare=prepare, host=host, batch=batch, root=ROOT, python=sys.executable))
     init.chmod(0o755)
     fill(tree / "t")
     names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
@@ -150,7 +164,7 @@ def _initramfs(work: Path) -> bytes:
         check=True,
         timeout=60,
     )
-    return packed.stdout
+    return gzip.compress(packed.stdout, 1)
 
 
 def fill(directory: Path) -> None:

@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 
 from tests.conformance import audit, known
 from tests.conformance.compare import BATCH, Answers, Count, compare, first_difference
-from tests.conformance.generate import FIRST, Generator, Step, concrete
+from tests.conformance.generate import FIRST, Generator, Step, concrete, reset
 from tests.conformance.machines import MountedEmulator, RunningEmulator
 from tests.conformance.payloads import octets
 from tests.conformance.shell_script import shell_script
@@ -120,6 +120,18 @@ def test_op_policy_may_differ_in_its_answer_to_text_alone() -> None:
     assert first_difference([step], [start, executed], [start, wanted], known.OP_POLICY) == (1, "audit")
 
 
+def test_a_module_s_signature_is_known_for_secure_boot_alone() -> None:
+    step: Step = {"op": "module", "file": "/mnt/tmpfs/garbage"}
+    other = {"op": "execve", "file": "/mnt/tmpfs/garbage"}
+    good: dict[str, Any] = {"result": {"ok": 0}, "audit": []}
+    mine: dict[str, Any] = {"result": {"error": "ENOEXEC"}, "audit": []}
+    theirs: dict[str, Any] = {"result": {"error": "EKEYREJECTED"}, "audit": []}
+    assert first_difference([step], [good, mine], [good, theirs], known.SECURE_BOOT) is None
+    assert first_difference([other], [good, mine], [good, theirs], known.SECURE_BOOT) == (1, "result")
+    assert first_difference([step], [good, theirs], [good, mine], known.SECURE_BOOT) == (1, "result")
+    assert first_difference([step], [good, mine], [good, theirs], known.RUN) == (1, "result")
+
+
 def test_a_record_loses_only_what_is_the_machine_s() -> None:
     text = 'ipe_op=EXECUTE pid=12 comm="x" path="/pid=3" dev="sda" ino=7 auid=5 ses=4294967295'
     assert audit.normal(text) == 'ipe_op=EXECUTE pid=* comm="x" path="/pid=*" dev=* ino=* auid=5 ses=*'
@@ -139,6 +151,17 @@ def test_two_emulators_agree_and_profiles_differ(way: str) -> None:
     # The older kernel's records of loaded policies do not end in errno=.
     _, differences = compare(kind("linux-7.3"), kind("linux-6.12"), [[]])
     assert [(d.step, d.field) for d in differences] == [(0, "audit")]
+
+
+@pytest.mark.needs("fuse", "root", "busybox")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [MountedEmulator, RunningEmulator])
+def test_a_machine_of_platform_keys_has_no_policy_and_takes_what_they_signed(kind: type[MountedEmulator]) -> None:
+    policies = {"op": "list", "path": "ipe/policies"}
+    answers = kind("linux-6.12", trusts="platform").answer([[policies, reset(FIRST), policies]])[0]
+    assert [answer["result"] for answer in answers] == [{"names": []}, {"ok": 0}, {"names": [f"Reset{FIRST}"]}]
+    answers = kind("linux-6.12").answer([[policies]])[0]
+    assert answers[0]["result"] == {"names": ["AllowInitramfs"]}
 
 
 @pytest.mark.needs("root")

@@ -27,6 +27,10 @@ from tests.vectors import BOOT_POLICY, KEYS
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 30.0
+#: The boot policy and the keys of the machines that answers were recorded on.
+RECORDED_MACHINES: tuple[str | Path, ...] = (
+    "--boot-policy", BOOT_POLICY, "--builtin-keys", KEYS / "builtin-trusted.pem",
+)  # fmt: skip
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -70,16 +74,17 @@ class Emulator:
 
 @contextlib.contextmanager
 def mounted(
-    directory: Path, *arguments: str | Path, kernel: str = "linux-7.3", wrap: Sequence[str] = ()
+    directory: Path,
+    *arguments: str | Path,
+    kernel: str = "linux-7.3",
+    wrap: Sequence[str] = (),
+    trust: Sequence[str | Path] = RECORDED_MACHINES,
 ) -> Iterator[Emulator]:
-    """Mount an emulator with the recorded machines' boot policy and keys; unmounted in the end, whatever happened."""
+    """Mount an emulator, with the recorded machines' boot policy and keys; unmounted in the end, whatever happened."""
     directory.mkdir(exist_ok=True)
     audit_log = directory.parent / f"{directory.name}.audit"
     audit_log.touch()
-    started = command(
-        directory, "--kernel", kernel, "--boot-policy", BOOT_POLICY, "--builtin-keys", KEYS / "builtin-trusted.pem",
-        "--audit-log", audit_log, *arguments,
-    )  # fmt: skip
+    started = command(directory, "--kernel", kernel, *trust, "--audit-log", audit_log, *arguments)
     process = subprocess.Popen([*wrap, *started], stdout=subprocess.PIPE, env=environment(), cwd="/")
     try:
         assert process.stdout is not None
@@ -101,6 +106,7 @@ def _main() -> None:
     parser.add_argument("--kernel", default="op-policy")
     parser.add_argument("--boot-policy", type=Path)
     parser.add_argument("--builtin-keys", type=Path)
+    parser.add_argument("--platform-keys", type=Path)
     parser.add_argument("--audit-log", default="-")
     parser.add_argument("--integrity", type=Path, action="append", default=[])
     parser.add_argument("--boot-verified", type=Path, action="append", default=[])
@@ -109,8 +115,10 @@ def _main() -> None:
     parser.add_argument("--no-assume", action="store_true")
     options = parser.parse_args()
 
-    keys = load_certificates([options.builtin_keys]) if options.builtin_keys else ()
-    ipe = Ipe(Keyrings(builtin=keys), emit=open_audit_log(options.audit_log), profile=PROFILES[options.kernel])
+    builtin = load_certificates([options.builtin_keys]) if options.builtin_keys else ()
+    platform = load_certificates([options.platform_keys]) if options.platform_keys else None
+    keyrings = Keyrings(builtin=builtin, platform=platform)
+    ipe = Ipe(keyrings, emit=open_audit_log(options.audit_log), profile=PROFILES[options.kernel])
     if options.boot_policy:
         ipe.load_boot_policy(options.boot_policy.read_bytes())
     facts = declared.load(mountinfo.locate, options.integrity, options.boot_verified)
