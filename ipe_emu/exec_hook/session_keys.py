@@ -14,6 +14,7 @@ from attrs import define, field, frozen
 
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.exec_hook.caller import Caller
+from ipe_emu.linux.tracee import Tracee
 
 THREAD_KEYRING: Final = -1
 PROCESS_KEYRING: Final = -2
@@ -74,7 +75,8 @@ def _owner(caller: Caller, ring: int) -> Hashable:
     if ring == THREAD_KEYRING:
         return ring, tracee.pid, tracee.start_time(), tracee.random_bytes()
     if ring == PROCESS_KEYRING:
-        return ring, tracee.status.tgid, tracee.random_bytes()
+        process = Tracee(tracee.status.tgid)
+        return ring, process.pid, process.start_time(), tracee.random_bytes()
     return ring
 
 

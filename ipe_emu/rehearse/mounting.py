@@ -258,7 +258,7 @@ def _string(caller: Caller, address: int) -> bytes | None:
     try:
         found = caller.tracee.string(address, _LONGEST)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno != errno.EFAULT:
             raise
         raise KernelError(errno.EFAULT, "a string that cannot be read", "copy_mount_string") from None
     if found is None:
