@@ -85,12 +85,12 @@ class _Opener(Opener):
         return File(b"", "", 0, facts)  # nobody is told of it
 
 
-# File systems of this machine alone, on which nothing changes a file that does not set its ctime (statfs(2)).
+# File systems of this machine alone, on which nothing changes a file that does not set its ctime (statfs(2)). On tmpfs
+# a page that was read through a mapping is writable at once, and no time tells that it was written.
 _EXT4: Final = 0xEF53
 _XFS: Final = 0x58465342
 _BTRFS: Final = 0x9123683E
-_TMPFS: Final = 0x01021994
-_LOCAL: Final = frozenset({_EXT4, _XFS, _BTRFS, _TMPFS})
+_LOCAL: Final = frozenset({_EXT4, _XFS, _BTRFS})
 _STATFS_SIZE: Final = 256
 _FILE_SYSTEM: Final = struct.Struct("@l")
 #: How long ago a file must have changed: no clock of a file system is coarser.

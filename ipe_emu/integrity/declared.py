@@ -18,7 +18,7 @@ from attrs import define, evolve, field, frozen
 from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity import fsverity
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
-from ipe_emu.integrity.sources import OpenFile, Place
+from ipe_emu.integrity.sources import OpenFile, Place, tells_changes
 
 #: A file of facts larger than this is not one.
 MAX_FILE_SIZE = 1 << 20
@@ -72,7 +72,9 @@ class Declared:
         entry = None if place is None else self._entry_of(place, st)
         if entry is None:
             return NO_FACTS
-        if entry.facts.fsverity_digest is not None and not self._still_intact(entry, st, open_file):
+        if entry.facts.fsverity_digest is not None and not self._still_intact(
+            entry, st, open_file, tells_changes(place)
+        ):
             return evolve(entry.facts, fsverity_digest=None, fsverity_signature=False)
         return entry.facts
 
@@ -87,11 +89,11 @@ class Declared:
             return entry
         return None
 
-    def _still_intact(self, entry: Entry, st: os.stat_result, open_file: OpenFile) -> bool:
+    def _still_intact(self, entry: Entry, st: os.stat_result, open_file: OpenFile, times_tell: bool) -> bool:
         known = self._contents.get((st.st_dev, st.st_ino))
         if known is None:
             return False
-        if known.signature != _signature(st):
+        if known.signature != _signature(st) or not times_tell:
             known.intact = known.intact and _measures_as(entry.facts.fsverity_digest, open_file)
             known.signature = _signature(st)
         return known.intact

@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 from ipe_emu.integrity import fsverity
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.integrity.fsverity import Parameters
-from ipe_emu.integrity.sources import OpenFile, Place
+from ipe_emu.integrity.sources import OpenFile, Place, tells_changes
 
 
 class Holder(Protocol):
@@ -84,7 +84,7 @@ class Seals:
     def __bool__(self) -> bool:
         return bool(self._by_inode)
 
-    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:  # noqa: ARG002 - the protocol's signature: a seal belongs to an inode, wherever it lies
+    def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
         """Return what is known of a sealed file; nothing if its content is another by now.
 
         That could not happen on a kernel. Here it can, for the seal binds the rehearsed tree alone.
@@ -92,7 +92,7 @@ class Seals:
         found = self._find(st) if stat.S_ISREG(st.st_mode) else None
         if found is None:
             return NO_FACTS
-        if found.state != _state(st):
+        if found.state != _state(st) or not tells_changes(place):
             if not _has_content_of(found.seal, open_file):
                 return NO_FACTS
             found.state = _state(st)

@@ -32,6 +32,16 @@ class Place(Protocol):
         """The type of its file system, as /proc/filesystems names it; empty if that is not known."""
 
 
+#: On these, whoever writes to a file through a mapping changes its times with each page (``file_update_time()``). On
+#: tmpfs he does not: a page that was read before is writable at once.
+_TELL_CHANGES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
+
+
+def tells_changes(place: Place | None) -> bool:
+    """Whether a file whose size and times are as before is sure to have its content as before."""
+    return place is not None and place.kind in _TELL_CHANGES
+
+
 class FactsSource(Protocol):
     """Whatever knows facts of files."""
 

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,12 @@ def nothing_is_too_new(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def program() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        path = Path(directory) / "program"
-        path.write_bytes(b"content")
-        yield path
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "program"
+    path.write_bytes(b"content")
+    with path.open() as file:  # whatever it lies on here, as if it told changes
+        monkeypatch.setattr(passing, "_LOCAL", {passing._file_system(file.fileno())})
+    return path
 
 
 def added(programs: UnchangedPrograms, path: Path) -> Program | None:
@@ -63,22 +63,36 @@ def test_a_program_that_somebody_may_be_changing_is_not_taken_in(program: Path) 
 @pytest.mark.usefixtures("nothing_is_too_new")
 def test_a_file_system_that_may_change_unseen_is_not_believed() -> None:
     assert added(UnchangedPrograms(), Path("/proc/version")) is None
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as on_tmpfs:
+        on_tmpfs.write(b"content")
+        assert added(UnchangedPrograms(), Path(on_tmpfs.name)) is None
+
+
+THROUGH_A_MAPPING = """
+            fd = os.open("/run/program", os.O_RDWR)
+            with mmap.mmap(fd, 0) as mapped:
+                mapped[0]  # on tmpfs the page is writable from here on, and no time tells it
+                mapped[0:13] = b"#!/run/other\\n"
+            os.close(fd)
+"""
 
 
 @pytest.mark.usefixtures("nothing_is_too_new")
-def test_a_program_that_became_a_script_is_judged_as_one(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", ['            put("/run/program", b"#!/run/other\\n")\n', THROUGH_A_MAPPING], ids=["written", "mapped"]
+)
+def test_a_program_that_became_a_script_is_judged_as_one(tree: Path, tmp_path: Path, change: str) -> None:
     with Rehearsal(tmp_path / "root", tree) as inside:
         inside.facts.paths[b"/program"] = Facts(boot_verified=True)
         ipe = model(BOOT_ONLY, inside.records.append)
         ipe.success_audit = False  # else nothing goes by
         inside.judge(ipe)
-        source = """
+        copied = """
             for name in ("program", "other"):
                 shutil.copy("/t/bin/hello_static", "/run/" + name)
             before = [execute("/run/program") for _ in range(3)]
-            put("/run/program", b"#!/run/other\\n")
-            result = before, execute("/run/program")
-        """
+"""
+        source = copied + change + '            result = before, execute("/run/program")\n'
         assert inside.run(source) == [[{"exit": 0}] * 3, {"error": "EACCES"}]
         assert inside.asked() == ["BPRM_CHECK /run/other"]
 

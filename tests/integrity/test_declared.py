@@ -1,6 +1,8 @@
 """Declared facts: what attaches to what, and what is refused."""
 
+import mmap
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ipe_emu.errors import UserError
 from ipe_emu.integrity.declared import Declared, load
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.integrity.fsverity import measure
+from ipe_emu.linux import mountinfo
 
 ROOTHASH = "ab" * 32
 
@@ -157,3 +160,27 @@ def test_files_that_are_no_table_of_facts(tree: Path) -> None:
             load(Spot, [file])
     with pytest.raises(UserError, match="cannot be read"):
         load(Spot, [tree / "none.toml"])
+
+
+def test_a_change_that_no_time_tells_is_found_all_the_same(tmp_path: Path) -> None:
+    """Through a mapping of a page that was read before, on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "tool"
+        path.write_bytes(b"a" * 4096)
+        with path.open("rb") as file:
+            digest = measure(file.fileno(), "sha256").value.hex()
+        table = tmp_path / "facts.toml"
+        table.write_text(f'[[file]]\npath = "{path}"\nfsverity = {{ digest = "sha256:{digest}", signed = false }}\n')
+        facts = load(mountinfo.locate, [table])
+        place = mountinfo.locate(os.fsencode(path))
+
+        def known() -> Digest | None:
+            return facts.facts_of(place, path.stat(), lambda: os.open(path, os.O_RDONLY)).fsverity_digest
+
+        assert known() is not None
+        with path.open("r+b") as changed, mmap.mmap(changed.fileno(), 0) as mapped:
+            assert mapped[0] == ord("a")
+            before = path.stat()
+            mapped[0:1] = b"b"
+        assert (path.stat().st_mtime_ns, path.stat().st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+        assert known() is None
