@@ -172,10 +172,6 @@ class SystemKeyrings:
         """Whether a number is that of a key or keyring of these."""
         return serial in self._serials
 
-    def is_keyring(self, serial: int) -> bool:
-        """Whether a number is that of one of these keyrings."""
-        return any(keyring.serial == serial for keyring in self._all)
-
     def name_of(self, serial: int) -> str:
         """Return what a key is about, for people."""
         key = next(key for key in self if key.serial == serial)

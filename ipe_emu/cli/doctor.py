@@ -65,7 +65,7 @@ def _writers_can_be_seen() -> "Probe":
 
 
 def _programs_of_volumes() -> "list[Probe]":
-    """Whether the programs are there that read the images of ``run --volume``."""
+    """Whether the programs are there that read images: of ``run --volume``, of disks in ``boot``, to simulate."""
     from ipe_emu.linux.probe import Probe
     from ipe_emu.volumes import programs
 

@@ -94,7 +94,8 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--cmdline",
         default="",
         metavar="TEXT",
-        help="its command line; ipe.enforce=, ipe.success_audit= and dm_verity.keyring_unsealed= count",
+        help="its command line; ipe.enforce=, ipe.success_audit=, dm_verity.keyring_unsealed= and"
+        " dm_verity.require_signatures= count",
     )
     group.add_argument(
         "--audit-log",

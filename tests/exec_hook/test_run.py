@@ -429,10 +429,6 @@ def started(emu: Runner, mark: str) -> "subprocess.Popen[str]":
     return process
 
 
-def supervisor_of(process: "subprocess.Popen[str]") -> int:
-    return process.pid
-
-
 def test_killing_the_supervisor_leaves_nothing(emu: Runner) -> None:
     mark = f"{emu.place}/mark"
     with started(emu, mark) as process:

@@ -19,7 +19,6 @@ UUID_LEN: Final = 129
 #: The largest block: DM_MAX_TARGETS times DM_MAX_TARGET_PARAMS.
 MOST_TARGETS: Final = 1048576
 LARGEST_BLOCK: Final = MOST_TARGETS * 1024
-VERSION_MAJOR: Final = 4
 
 
 class Command(IntEnum):

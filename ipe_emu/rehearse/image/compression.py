@@ -304,8 +304,7 @@ def _word(buffer: Buffer, offset: int) -> int | None:
 _LZOP_MAGIC: Final = b"\x89LZO\0\r\n\x1a\n"
 _LZO_BLOCK: Final = 256 << 10
 _LZOP_FILTER: Final = 0x800
-#: Flags of the two checksums of what is decompressed, and of all four (lzop: F_ADLER32_D, F_CRC32_D, and F_*_C).
-_LZOP_CHECKSUMS: Final = 0x101
+#: The flags of all four checksums (lzop: F_ADLER32_D, F_CRC32_D, F_ADLER32_C, F_CRC32_C).
 _LZOP_ALL_CHECKSUMS: Final = 0x303
 _LZOP_LONGEST_HEADER: Final = 512
 
