@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ipe_emu.linux import namespaces, syscalls
-from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_RECURSIVE
+from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, AT_RECURSIVE, AT_SYMLINK_NOFOLLOW
 
 
 class Attribute(IntFlag):
@@ -45,6 +45,7 @@ _FSCONFIG_CMD_CREATE: Final = 6
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 1 << 18
 _MNT_DETACH: Final = 2
+_UMOUNT_NOFOLLOW: Final = 8
 
 #: struct mount_attr: to set, to clear, propagation, user namespace.
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")
@@ -55,15 +56,16 @@ def make_private() -> None:
     syscalls.call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
 
 
-def clone(path: Path, *, recursive: bool) -> int:
+def clone(path: Path, *, recursive: bool, follow: bool = True) -> int:
     """Return a detached copy of the mount at ``path``, and with ``recursive`` of those below it, as a descriptor.
+
+    Without ``follow`` a symbolic link at its end is what is copied.
 
     Where a more privileged user namespace made the mounts below, they hide what lies under them and only a recursive
     copy is allowed (EINVAL, ``has_locked_children()``).
     """
-    return syscalls.call(
-        "open_tree", AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE * recursive
-    )
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE * recursive | AT_SYMLINK_NOFOLLOW * (not follow)
+    return syscalls.call("open_tree", AT_FDCWD, os.fsencode(path), flags)
 
 
 def clone_at(fd: int, *, recursive: bool) -> int:
@@ -96,8 +98,11 @@ def attach_at(mount: int, target: int) -> None:
 
 
 def detach(path: bytes) -> None:
-    """Unmount what is mounted on ``path``, with all below it, whoever uses it still (MNT_DETACH)."""
-    syscalls.call("umount2", path, _MNT_DETACH)
+    """Unmount what is mounted on ``path``, with all below it, whoever uses it still (MNT_DETACH).
+
+    A symbolic link at its end is not followed.
+    """
+    syscalls.call("umount2", path, _MNT_DETACH | _UMOUNT_NOFOLLOW)
 
 
 def set_attributes(

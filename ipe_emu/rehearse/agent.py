@@ -4,15 +4,17 @@ A single-threaded process in the outer user namespace, with power over the machi
 keeper, and then answers the supervisor's requests one by one until that is gone.
 """
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from attrs import define
 
+from ipe_emu.errors import NotJudgedError
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.mount_plan import SecurityFs
@@ -24,8 +26,6 @@ from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.staging import COMPOSED, DIRECTORIES, SESSION, STAGING
 from ipe_emu.volumes import helper
 from ipe_emu.volumes.recognise import Kind
-
-_UMOUNT_NOFOLLOW: Final = 8
 
 
 def main(
@@ -104,8 +104,12 @@ class _Server:
         while (message := self.requests.receive()) is not None:
             try:
                 answer = kinds[message.kind](message.values, message.fds) or {}
+            except NotJudgedError as error:
+                answer = {"not-judged": str(error)}
             except OSError as error:
-                answer = {"errno": error.errno, "why": str(error)}
+                answer = {"errno": error.errno or errno.EIO, "why": str(error)}
+            except Exception as error:  # whatever a tree brings about here, the rehearsal must hear of it
+                answer = {"not-judged": f"the agent failed: {message.kind}: {type(error).__name__}: {error}"}
             finally:
                 _close(message)
             self.requests.send("answer", answer)
@@ -193,15 +197,16 @@ class _Server:
         with self._as_machine_root():
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fds[1]))
 
-        def attach_there(tree: int) -> None:
+        tree = furnishing.copy_of_node(Path(values["source"]))
+        try:
             with self._in(fds[0]):
                 target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fds[1])
                 try:
                     mounts.attach_at(tree, target)
                 finally:
                     os.close(target)
-
-        self._with_copy(Path(values["source"]), False, attach_there)
+        finally:
+            os.close(tree)
 
     def uncover(self, values: dict[str, Any], fds: list[int]) -> None:
         """Unmount, in the namespace ``fds[0]``, what is mounted on a name in the directory ``fds[1]``."""

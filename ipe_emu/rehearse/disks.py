@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from attrs import define, field
 
 from ipe_emu.errors import KernelError, NotJudgedError, errno_name
+from ipe_emu.event import Subject
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.session_keys import SessionKeys
 from ipe_emu.exec_hook.traps import Trap
@@ -61,6 +62,9 @@ class Telling(Protocol):
 
     def restart(self, means: str) -> None:
         """The kernel restarts the machine, or panics."""
+
+    def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
+        """Note what could not be judged."""
 
 
 @define(eq=False)
@@ -198,8 +202,11 @@ class Disks:
         return 0
 
     def closed(self, number: int) -> None:
-        """Hear that a device was closed for the last time."""
-        self.mapper.closed(number)
+        """Hear that a device was closed for the last time, in the thread that serves the session."""
+        try:
+            self.mapper.closed(number)
+        except NotJudgedError as error:
+            self.telling.not_judged(None, "close", str(error))
 
     def appeared(self, device: MappedDevice) -> None:
         """Show a mapped device in /sys and /dev."""

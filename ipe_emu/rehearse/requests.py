@@ -20,7 +20,7 @@ class Agent:
     """Asks the agent, from any thread; an errno that it meets becomes a KernelError.
 
     A mount namespace is given by the process that is in it, and a place in it by an O_PATH descriptor. NotJudgedError
-    if the agent is gone.
+    if the agent is gone, or could not do it for a reason that is no answer of a kernel.
     """
 
     _requests: Channel
@@ -68,8 +68,14 @@ class Agent:
         self._ask_in(pid, "uncover", {"name": os.fsdecode(name)}, [directory])
 
     def furnish(self, root: Path, steps: Sequence[Sequence[object]]) -> None:
-        """Make directories, files, links and nodes below a staged directory; see `furnishing`."""
-        self._ask("furnish", {"root": str(root), "steps": steps})
+        """Make directories, files, links and nodes below a staged directory; see `furnishing`.
+
+        NotJudgedError if that fails: no call that a process makes would fail for it.
+        """
+        try:
+            self._ask("furnish", {"root": str(root), "steps": steps})
+        except KernelError as error:
+            raise NotJudgedError(f"what a device has in /{root.name} cannot be made or removed: {error}") from None
 
     def mount_image(self, number: int, kind: Kind, program: str, image: int, source: str) -> tuple[Path, int]:
         """Mount an image that is open as a staged file system; return where, and its st_dev.
@@ -107,6 +113,8 @@ class Agent:
                 answer = None
         if answer is None:
             raise NotJudgedError("the agent of the machine is gone")
+        if "not-judged" in answer.values:
+            raise NotJudgedError(answer.values["not-judged"])
         if "errno" in answer.values:
             raise KernelError(answer.values["errno"], answer.values["why"])
         return answer.values

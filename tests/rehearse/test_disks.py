@@ -1,5 +1,6 @@
 """Boots with disks: what programs see of them, and device-mapper under its own unmodified tools."""
 
+import os
 import random
 import re
 import shutil
@@ -276,3 +277,83 @@ def test_links_to_disks_where_the_image_has_udev(emu: Runner) -> None:
         "/dev/disk/by-path/pci-0000:00:04.0-part1", "/dev/disk/by-path/virtio-pci-0000:00:04.0",
         "/dev/disk/by-path/virtio-pci-0000:00:04.0-part1", "512",
     ]  # fmt: skip
+
+
+def inside_of(place: Path) -> Path:
+    """A directory of the host's with something in it, that whoever boots could write to."""
+    outside = place / "outside"
+    (outside / "dm-0").mkdir(parents=True)
+    (outside / "dm-0/kept").write_text("kept")
+    (outside / "file").write_text("kept")
+    for path in (outside, *outside.rglob("*")):
+        os.chown(path, place.stat().st_uid, place.stat().st_gid)
+    return outside
+
+
+def state_of(outside: Path) -> list[tuple[str, int, bytes]]:
+    return sorted(
+        (str(path), path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (outside, *outside.rglob("*"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("mkdir -p /sys/devices/virtual; ln -s {} /sys/devices/virtual/block", "dmsetup remove a", "link 'block'"),
+        ("mkdir -p /sys/devices/virtual/block; ln -s {} /sys/devices/virtual/block/dm-0", "", "link 'dm-0'"),
+        ("ln -s {}/file /dev/dm-0", "", "something named 'dm-0'"),
+        ("ln -s {}/new /dev/dm-0", "", "something named 'dm-0'"),
+        ("mkfifo /dev/dm-0", "", "something named 'dm-0'"),
+        ("mkdir -p /sys/devices/virtual; echo > /sys/devices/virtual/block", "", "a file 'block'"),
+        ("", "B=/sys/devices/virtual/block; mv $B /sys/was; ln -s {} $B; dmsetup remove a", "link 'block'"),
+        (
+            "",
+            "B=/sys/devices/virtual/block; exec 9< /dev/dm-0; dmsetup remove --deferred a\n"
+            "mv $B /sys/was; ln -s {} $B; exec 9<&-; dmsetup ls",
+            "link 'block'",
+        ),
+        ("rm /dev/null; ln -s {} /dev/null; mknod /tmp/null c 1 3; ls /tmp/null", "", "the place of the device null"),
+    ],
+)  # fmt: skip
+def test_what_the_tree_puts_in_the_way_leads_nowhere(
+    emu: Runner, volume: Volume, before: str, after: str, said: str
+) -> None:
+    outside = inside_of(emu.place)
+    as_it_was = state_of(outside)
+    script = "\n".join([before, "dmsetup create a --table '0 8 linear 254:0 0'", after]).replace("{}", str(outside))
+    done = run(emu, script, *volume.disks(emu.place), programs=("dmsetup",))
+    assert state_of(outside) == as_it_was
+    assert done.status == 4, done.errors
+    assert said in done.errors
+    assert "kept" not in "\n".join(done.output)
+
+
+def test_links_in_what_a_device_has_are_removed_not_followed(emu: Runner, volume: Volume) -> None:
+    outside = inside_of(emu.place)
+    as_it_was = state_of(outside)
+    script = f"""
+dmsetup create a --table '0 8 linear 254:0 0'
+D=/sys/devices/virtual/block/dm-0
+ln -s {outside} $D/link; rm $D/dm/name; ln -s {outside}/file $D/dm/name
+dmsetup rename a b; cat /sys/block/dm-0/dm/name
+dmsetup remove b && ls -d $D /dev/dm-0 2>&1
+"""
+    done = run(emu, script, *volume.disks(emu.place), programs=("dmsetup",))
+    assert state_of(outside) == as_it_was
+    assert done.status == 0, done.errors
+    assert done.output == [
+        "b",
+        "ls: /sys/devices/virtual/block/dm-0: No such file or directory",
+        "ls: /dev/dm-0: No such file or directory",
+    ]
+
+
+def test_names_that_are_no_text(one: Runner, volume: Volume) -> None:
+    script = r"""
+N=$(printf 'a\377'); dmsetup create --manglename none "$N" --table '0 8 linear 254:0 0'
+od -An -c /sys/block/dm-0/dm/name; dmsetup remove --manglename none "$N"; ls -1 /sys/block
+"""
+    done = run(one, script, *volume.disks(one.place), programs=("dmsetup",))
+    assert done.status == 0, done.errors
+    assert done.output == ["   a 377  \\n", "vda", "vdb"]
