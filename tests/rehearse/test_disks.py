@@ -313,7 +313,7 @@ def state_of(outside: Path) -> list[tuple[str, int, bytes]]:
             "mv $B /sys/was; ln -s {} $B; exec 9<&-; dmsetup ls",
             "link 'block'",
         ),
-        ("rm /dev/null; ln -s {} /dev/null; mknod /tmp/null c 1 3; ls /tmp/null", "", "the place of the device null"),
+        ("rm /dev/null; ln -s {}/file /dev/null; mknod /tmp/n c 1 3; cat /tmp/n", "", "the place of the device null"),
     ],
 )  # fmt: skip
 def test_what_the_tree_puts_in_the_way_leads_nowhere(
