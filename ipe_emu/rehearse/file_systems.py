@@ -21,6 +21,7 @@ from ipe_emu.linux import mounts, procfs
 from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.syscalls import AT_FDCWD
+from ipe_emu.rehearse.block.content import Content
 from ipe_emu.rehearse.block.device import BlockDevice, BlockDevices
 from ipe_emu.rehearse.mounting import Found, MountRequest
 from ipe_emu.rehearse.requests import Agent
@@ -42,9 +43,13 @@ KINDS: Final = {kind.value: kind for kind in Kind}
 
 @define(eq=False)
 class _Superblock:
-    """A file system on a device, mounted in the staging directory at ``path``."""
+    """A file system on a device, mounted in the staging directory at ``path``.
+
+    ``content`` is what the device had then: with another table it has another one, of which nothing was read here.
+    """
 
     device: BlockDevice
+    content: Content | None
     kind: Kind
     path: Path
     number: str
@@ -98,10 +103,17 @@ class BlockFileSystems:
         return Found(found.path, Attribute.NONE, note)
 
     def take_facts(self) -> None:
-        """Say of mounted file systems what is known of their devices now: a device can get another table."""
+        """Look whether a mounted file system's device got another table; NotJudgedError if one did.
+
+        A kernel would read on from the new one, and judge what it has cached by the new root hash.
+        """
         for known in self._known:
-            if known.claimed:
-                self.facts[known.number] = known.device.facts
+            if known.claimed and known.device.content is not known.content:
+                raise NotJudgedError(f"{known.device.name} got another table while its {known.kind.value} was mounted")
+
+    def hides_errors(self) -> bool:
+        """Whether a file system is mounted whose program does not pass on that a block could not be read."""
+        return any(known.claimed and known.kind in programs.HIDES_ERRORS for known in self._known)
 
     def look_after(self) -> None:
         """Give devices back whose file systems nobody in the machine has mounted any more."""
@@ -131,13 +143,14 @@ class BlockFileSystems:
 
     def _superblock(self, device: BlockDevice, kind: Kind, source: str) -> _Superblock:
         """Mount what is on a device in the staging directory; or find what was mounted of it before."""
-        earlier = next((known for known in self._known if known.device is device and known.kind is kind), None)
-        # Only under the same root hash it is certain that nothing has changed since.
-        if earlier is not None and device.facts.dmverity_roothash and self.facts[earlier.number] == device.facts:
+        same = (known for known in self._known if known.device is device and known.content is device.content)
+        earlier = next((known for known in same if known.kind is kind), None)
+        # Only with the same table, and that of a verity device, it is certain that nothing has changed since.
+        if earlier is not None and device.facts.dmverity_roothash:
             self.devices.claim(device, earlier)
             earlier.claimed = True
             return earlier
-        new = _Superblock(device, kind, Path(), "")
+        new = _Superblock(device, device.content, kind, Path(), "")
         self.devices.claim(device, new)  # before anybody looks what is on it
         try:
             self._check(device, kind)

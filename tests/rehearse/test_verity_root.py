@@ -124,6 +124,24 @@ def test_other_file_systems(one: Runner, tmp_path_factory: pytest.TempPathFactor
     assert done.status == 0, done.errors
 
 
+def test_another_table_under_a_mounted_file_system_is_not_judged(one: Runner, squashfs: Volume) -> None:
+    """What was read by the one table must not be judged by the root hash of the other."""
+    script = """
+mount -t tmpfs none /tmp
+echo "0 $(cat /sys/block/vda/size) linear /dev/vda 0" >/tmp/plain
+dmsetup create --readonly root /tmp/plain && dmsetup mknodes root
+mount -t squashfs -o ro /dev/mapper/root /newroot && cat /newroot/etc/hello
+echo "0 $(cat /sys/block/vda/size) error" >/tmp/other
+dmsetup load --readonly root /tmp/other && dmsetup suspend root && dmsetup resume root
+echo resumed $?
+poweroff -f
+"""
+    done = run(one, squashfs, script)
+    assert "hello from the verity root" in done.output
+    assert done.status == 4, done.errors
+    assert "dm-0 got another table while its squashfs was mounted" in done.errors
+
+
 def test_another_images_root_hash(one: Runner, squashfs: Volume) -> None:
     other = "ab" * 32
     done = run(one, squashfs, opening(squashfs) + SWITCH, rule=f"dmverity_roothash=sha256:{other}")

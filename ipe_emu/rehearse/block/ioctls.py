@@ -16,6 +16,8 @@ HDIO_GETGEO: Final = 0x0301
 
 _PAGE: Final = 4096
 _PIECE: Final = 1 << 20
+#: More would keep everybody waiting.
+_MOST_ZEROS: Final = 1 << 30
 _INT: Final = struct.Struct("=i")
 _UNSIGNED: Final = struct.Struct("=I")
 _UNSIGNED_SHORT: Final = struct.Struct("=H")
@@ -152,6 +154,8 @@ def _zero_out(device: BlockDevice, start: int, length: int) -> None:
     """Write zeros (``blk_ioctl_zeroout()``)."""
     if start % SECTOR or length % SECTOR or not length or start + length > device.size:
         raise KernelError(errno.EINVAL, "not a range of sectors of the device", "blk_ioctl_zeroout")
+    if length > _MOST_ZEROS:
+        raise NotJudgedError(f"writing {length} zeros at once to {device.name}")
     while length:
         done = device.write(start, bytes(min(length, _PIECE)))
         start, length = start + done, length - done
