@@ -145,6 +145,20 @@ def emulator_mounted(place: Path) -> Iterator[Path]:
         server.stderr.close()
 
 
+@contextmanager
+def on_one_processor() -> Iterator[None]:
+    """Keep this process, and what it starts meanwhile, on one processor.
+
+    Else it is measured whether the kernel wakes a server on a processor that sleeps, which takes longer than the work.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def nodes(place: Path) -> Iterator[Row]:
     """Reading and writing ``enforce``, open and close included, in turns with the file system that does nothing."""
 
@@ -160,7 +174,7 @@ def nodes(place: Path) -> Iterator[Row]:
             os.write(fd, b"1")
             os.close(fd)
 
-    with nothing_mounted(place) as nothing, emulator_mounted(place) as emulated:
+    with on_one_processor(), nothing_mounted(place) as nothing, emulator_mounted(place) as emulated:
         for name, action in (("reading enforce (open, read", read), ("writing enforce (open, write", write)):
             pairs = [(seconds(partial(action, emulated)), seconds(partial(action, nothing))) for _ in range(15)]
             ours, theirs = (statistics.median(side) / 200 * 1e6 for side in zip(*pairs, strict=True))
