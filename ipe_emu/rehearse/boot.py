@@ -203,7 +203,7 @@ class _Rehearsal:
             parse_cmdline(self.options.cmdline).dm_verity_require_signatures,
         )
         self.disks.facts_changed = self.file_systems.take_facts
-        self.disks.hides_errors = self.file_systems.hides_errors
+        self.file_systems.not_judged = self.not_judged
 
     @property
     def traps(self) -> Sequence[Trap]:

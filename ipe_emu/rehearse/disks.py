@@ -79,8 +79,6 @@ class Disks:
     telling: Telling
     probe: Callable[[], Mapping[str, Probed]]
     require_signatures: bool = False
-    #: Whether what reads a mounted file system hides that a block is corrupted.
-    hides_errors: Callable[[], bool] = field(default=lambda: False, init=False)
     #: Called when what is known of a device may have changed.
     facts_changed: Callable[[], None] = field(default=lambda: None, init=False)
     #: The st_dev of the machine's devtmpfs.
@@ -240,9 +238,6 @@ class Disks:
     def corrupted(self, corruption: Corruption) -> None:
         """Log it, and restart the machine if the table says so."""
         self.telling.log(f"device-mapper: verity: {corruption.data_device}: {corruption.reason}")
-        if corruption.action == "eio" and self.hides_errors():
-            reason = f"what reads a file system here does not pass on that {corruption.device} is corrupted"
-            self.telling.not_judged(None, "read", reason)
         if corruption.action in {"restart", "panic"}:
             self.telling.restart(f"{corruption.action}_on_corruption of the verity device {corruption.device}")
 

@@ -9,11 +9,11 @@ import itertools
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError, UserError
 from ipe_emu.integrity.facts import Facts
@@ -59,6 +59,27 @@ class _Superblock:
     being_mounted: bool = True
 
 
+@frozen(eq=False)
+class _Watched:
+    """A device's content for a program that hides what it cannot read: ``unreadable`` is told before it is."""
+
+    device: BlockDevice
+    unreadable: Callable[[BlockDevice, Exception], None]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.device.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read from the device, whatever is the matter with it."""
+        try:
+            return self.device.read(offset, length)
+        except Exception as error:
+            self.unreadable(self.device, error)
+            raise
+
+
 @define(eq=False)
 class BlockFileSystems:
     """Mounts what is on block devices (`mounting.MountEmulator`). ``serve`` must have been called before."""
@@ -70,6 +91,8 @@ class BlockFileSystems:
     pid_depth: int
     _subtrees: "Subtrees" = field(init=False, repr=False)
     _root: int = field(default=-1, init=False)
+    #: Told what cannot be judged; from any thread.
+    not_judged: Callable[[None, str, str], None] = field(default=lambda *_: None, init=False)
     #: The thread that answers system calls.
     _answering: int = field(default=0, init=False)
     _known: list[_Superblock] = field(factory=list, init=False)
@@ -111,9 +134,9 @@ class BlockFileSystems:
             if known.claimed and known.device.content is not known.content:
                 raise NotJudgedError(f"{known.device.name} got another table while its {known.kind.value} was mounted")
 
-    def hides_errors(self) -> bool:
-        """Whether a file system is mounted whose program does not pass on that a block could not be read."""
-        return any(known.claimed and known.kind in programs.HIDES_ERRORS for known in self._known)
+    def _unreadable(self, device: BlockDevice, error: Exception) -> None:
+        reason = f"what reads a file system here does not pass on that {device.name} cannot be read: {error}"
+        self.not_judged(None, "read", reason)
 
     def look_after(self) -> None:
         """Give devices back whose file systems nobody in the machine has mounted any more."""
@@ -155,7 +178,8 @@ class BlockFileSystems:
         try:
             self._check(device, kind)
             number = next(self._names)
-            image = self._subtrees.add_image(b"file-system-%d" % number, device)
+            content = _Watched(device, self._unreadable) if kind in programs.HIDES_ERRORS else device
+            image = self._subtrees.add_image(b"file-system-%d" % number, content)
             fd = os.open(b"images/" + image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._root)
             try:
                 new.path, st_dev = self.agent.mount_image(number, kind, programs.needed(kind), fd, source)

@@ -142,6 +142,29 @@ poweroff -f
     assert "dm-0 got another table while its squashfs was mounted" in done.errors
 
 
+def test_a_read_error_that_its_program_hides_is_not_judged(
+    one: Runner, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A device below dm-verity fails after the mount: a kernel's reader gets EIO, and here he gets something else."""
+    root = make_root(tmp_path_factory.mktemp("ext4"), Kind.EXT4)
+    script = f"""
+mount -t tmpfs none /tmp
+echo "0 $(cat /sys/block/vda/size) linear /dev/vda 0" >/tmp/plain
+dmsetup create low /tmp/plain && dmsetup mknodes low
+veritysetup open /dev/mapper/low root /dev/vdb {root.root_hash} || echo cannot open
+mount -t ext4 -o ro /dev/mapper/root /newroot && echo mounted
+echo "0 $(cat /sys/block/vda/size) error" >/tmp/other
+dmsetup load low /tmp/other && dmsetup suspend low && dmsetup resume low
+cat /newroot/etc/hello
+poweroff -f
+"""
+    done = run(one, root, script)
+    assert "mounted" in done.output
+    assert "hello from the verity root" not in done.output
+    assert done.status == 4, done.errors
+    assert "does not pass on that dm-1 cannot be read" in done.errors
+
+
 def test_another_images_root_hash(one: Runner, squashfs: Volume) -> None:
     other = "ab" * 32
     done = run(one, squashfs, opening(squashfs) + SWITCH, rule=f"dmverity_roothash=sha256:{other}")
