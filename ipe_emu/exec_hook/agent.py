@@ -18,13 +18,7 @@ from ipe_emu.linux.namespaces import Namespace
 def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
     """Be the agent, until the sandbox has ended. A failure is reported as the message ``failed``."""
     try:
-        process.die_with_parent()
-        if os.getppid() != supervisor:
-            os._exit(1)  # it died before that took effect
-        for number in IGNORED_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        process.set_name(b"ipe-emu agent")
+        begin(supervisor)
         pid_1 = _build(channel, blueprint)
         channel.close()
         process.close_from(0)
@@ -36,6 +30,17 @@ def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
         channel.report_failure(error)
     finally:
         os._exit(0)
+
+
+def begin(supervisor: int) -> None:
+    """Make a process that the supervisor has forked an agent: it ends with it, and signals are not for it."""
+    process.die_with_parent()
+    if os.getppid() != supervisor:
+        os._exit(1)  # it died before that took effect
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    process.set_name(b"ipe-emu agent")
 
 
 def _build(channel: Channel, blueprint: Blueprint) -> int:

@@ -18,6 +18,7 @@ from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.mount_plan import SECURITYFS, shown
 from ipe_emu.linux import mounts, namespaces, process, procfs, seccomp
 from ipe_emu.linux.namespaces import Namespace
+from ipe_emu.linux.seccomp import Rule
 
 #: What env(1) and nohup(1) return for a command that cannot be executed, and one that is not found.
 NOT_EXECUTABLE: Final = 126
@@ -52,19 +53,26 @@ def main(channel: Channel, agent: int, blueprint: Blueprint, keys: int | None) -
         channel.ask("ready", _surroundings(), own_keys)
         for fd in own_keys:
             os.close(fd)
-        # PID 1 is under the filter as well: whoever took it over would gain nothing. It needs no no_new_privs,
-        # being root of its user namespace, so that set-user-id programs work in the tree.
-        listener = seccomp.install(blueprint.rules)
-        channel.send("listener", fds=[listener])
-        # The supervisor's must be the only copy: when it dies, waiting calls are to fail, not to wait forever.
-        os.close(listener)
-        if channel.receive() is None:
-            os._exit(1)
+        install_filter(channel, blueprint.rules)
         _look_after(channel, blueprint.command)
     except OSError as error:
         channel.report_failure(error)
     finally:
         os._exit(0)
+
+
+def install_filter(channel: Channel, rules: Sequence[Rule]) -> None:
+    """Put this process, and all that come of it, under the filter; send ``listener``, and wait for the word to start.
+
+    PID 1 is under it as well: whoever took it over would gain nothing. It needs no no_new_privs, being root of its user
+    namespace, so that set-user-id programs work in the tree.
+    """
+    listener = seccomp.install(rules)
+    channel.send("listener", fds=[listener])
+    # The supervisor's must be the only copy: when it dies, waiting calls are to fail, not to wait forever.
+    os.close(listener)
+    if channel.receive() is None:
+        os._exit(1)
 
 
 def enter_user_namespace(user_namespace: int) -> None:

@@ -254,18 +254,27 @@ class Proc:
 
     def execute(self) -> None:
         """Do it."""
+        proc = new_proc()
         try:
-            mounts.attach_new(
-                b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC, _PROC
-            )
-        except PermissionError as error:
-            # The answer of the kernel's mount_too_revealing().
-            why = "something covers parts of this machine's /proc, as container engines do"
-            raise PermissionError(error.errno, f"{error.strerror} ({why})") from None
+            mounts.attach(proc, _PROC)
+        finally:
+            os.close(proc)
         if self.read_only_controls:
             for name in PROC_CONTROLS:
                 if (_PROC / name).exists():
                     ReadOnly(_PROC / name).execute()
+
+
+def new_proc() -> int:
+    """Return a detached mount of this process's pid namespace's /proc; OSError where the kernel refuses it."""
+    try:
+        return mounts.new_filesystem(
+            b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC
+        )
+    except PermissionError as error:
+        # The answer of the kernel's mount_too_revealing().
+        why = "something covers parts of this machine's /proc, as container engines do"
+        raise PermissionError(error.errno, f"{error.strerror} ({why})") from None
 
 
 def cover_keys(mount: int) -> list[int]:

@@ -6,7 +6,6 @@ keeper, and then answers the supervisor's requests one by one until that is gone
 
 import errno
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 from attrs import define
 
 from ipe_emu.errors import NotJudgedError
-from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS
+from ipe_emu.exec_hook import agent
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.mount_plan import SecurityFs
 from ipe_emu.linux import mounts, namespaces, process
@@ -33,23 +32,17 @@ def main(
 ) -> NoReturn:
     """Be the agent, until the supervisor is gone. A failure before the machine is there is the message ``failed``."""
     try:
-        process.die_with_parent()
-        if os.getppid() != supervisor:
-            os._exit(1)  # it died before that took effect
-        for number in IGNORED_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        process.set_name(b"ipe-emu agent")
+        agent.begin(supervisor)
         namespace = _prepare(channel)
         # Made here, it belongs to the outer user namespace: whatever the machine does, its processes end with it.
         namespaces.unshare(Namespace.PID)
-        agent = os.pidfd_open(os.getpid())
+        this = os.pidfd_open(os.getpid())
         if os.fork() == 0:
             requests.close()
-            keeper.main(channel, orders, agent, blueprint)
+            keeper.main(channel, orders, this, blueprint)
         channel.close()
         orders.close()
-        os.close(agent)
+        os.close(this)
         _Server(requests, namespace, blueprint.root).serve()
     except OSError as error:
         channel.report_failure(error)

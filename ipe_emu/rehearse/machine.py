@@ -12,7 +12,9 @@ from typing import Final, NoReturn
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS
 from ipe_emu.exec_hook.channel import Channel
-from ipe_emu.linux import mounts, namespaces, process, procfs, seccomp
+from ipe_emu.exec_hook.init import install_filter
+from ipe_emu.exec_hook.mount_plan import new_proc
+from ipe_emu.linux import mounts, namespaces, process, procfs
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.rehearse.blueprint import BootBlueprint
@@ -49,7 +51,7 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         os.umask(0)
         namespaces.unshare(Namespace.MOUNT | Namespace.UTS | Namespace.IPC | Namespace.NET | Namespace.CGROUP)
         # Now: a proc can be made where one can be seen that hides nothing (mount_too_revealing()).
-        proc = _new_proc()
+        proc = new_proc()
         devpts = _devpts()
         mounts.attach_new(b"tmpfs", {b"source": b"rootfs", b"mode": b"755"}, Attribute.NONE, ROOT)
         unpacked = _unpack(blueprint)
@@ -60,12 +62,7 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         channel.ask("machine", described, staged)
         for fd in staged:
             os.close(fd)
-        listener = seccomp.install(blueprint.rules)
-        channel.send("listener", fds=[listener])
-        # The supervisor's must be the only copy: when it dies, waiting calls are to fail, not to wait forever.
-        os.close(listener)
-        if channel.receive() is None:
-            os._exit(1)
+        install_filter(channel, blueprint.rules)
         _kernel_init(channel, blueprint.init)
     except NotJudgedError as error:
         channel.send("not-judged", {"why": str(error)})
@@ -73,16 +70,6 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         channel.report_failure(error)
     finally:
         os._exit(0)
-
-
-def _new_proc() -> int:
-    try:
-        return mounts.new_filesystem(
-            b"proc", {b"source": b"proc"}, Attribute.NOSUID | Attribute.NODEV | Attribute.NOEXEC
-        )
-    except PermissionError as error:
-        why = "something covers parts of this machine's /proc, as container engines do"
-        raise PermissionError(error.errno, f"{error.strerror} ({why})") from None
 
 
 def _devpts() -> list[int]:
