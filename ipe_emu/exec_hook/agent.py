@@ -26,7 +26,7 @@ def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
         while blueprint.volumes:
             # The programs that serve them end with us, and whether they lived so long is to be looked at before.
             signal.pause()
-    except OSError as error:
+    except Exception as error:
         channel.report_failure(error)
     finally:
         os._exit(0)

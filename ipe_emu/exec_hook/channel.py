@@ -6,6 +6,8 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 _LARGEST: Final = 1 << 18
@@ -59,12 +61,27 @@ class Channel:
         if self.receive() is None:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    def report_failure(self, error: OSError) -> None:
-        """Send ``failed``: why the sandbox cannot be made. Without effect if the other end is gone."""
-        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+    def report_failure(self, error: Exception) -> None:
+        """Send ``failed``: why the sandbox cannot be made. Without effect if the other end is gone.
+
+        What is no OSError is a defect of ours, and says where.
+        """
+        if isinstance(error, OSError):
+            what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+        else:
+            what = f"an error of ipe-emu's own: {error!r}, {_place_of(error)}"
         with contextlib.suppress(OSError):
             self.send("failed", {"why": what})
 
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
+
+
+def _place_of(error: Exception) -> str:
+    trace: TracebackType | None = error.__traceback__
+    place = "nowhere"
+    while trace is not None:
+        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

@@ -55,7 +55,7 @@ def main(channel: Channel, agent: int, blueprint: Blueprint, keys: int | None) -
             os.close(fd)
         install_filter(channel, blueprint.rules)
         _look_after(channel, blueprint.command)
-    except OSError as error:
+    except Exception as error:
         channel.report_failure(error)
     finally:
         os._exit(0)

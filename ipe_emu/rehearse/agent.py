@@ -44,7 +44,7 @@ def main(
         orders.close()
         os.close(this)
         _Server(requests, namespace, blueprint.root).serve()
-    except OSError as error:
+    except Exception as error:
         channel.report_failure(error)
     finally:
         os._exit(0)

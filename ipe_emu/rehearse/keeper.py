@@ -45,7 +45,7 @@ def main(channel: Channel, orders: Channel, agent: int, blueprint: BootBlueprint
         os.close(tell)
         _keep(channel, orders, init_process, blueprint)
         channel.send("ended", {"status": os.waitpid(first, 0)[1]})
-    except OSError as error:
+    except Exception as error:
         channel.report_failure(error)
     finally:
         os._exit(0)

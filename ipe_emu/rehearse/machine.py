@@ -66,7 +66,7 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         _kernel_init(channel, blueprint.init)
     except NotJudgedError as error:
         channel.send("not-judged", {"why": str(error)})
-    except OSError as error:
+    except Exception as error:
         channel.report_failure(error)
     finally:
         os._exit(0)

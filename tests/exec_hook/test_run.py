@@ -413,7 +413,8 @@ def _is_shell(pid: int) -> bool:
 def mounts_of_a_run(place: Path) -> list[str]:
     """Mounts that only a sandbox can have made and that are seen from here."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if str(place) in line or " /sys/kernel/security " in line or "ipe-emu" in line]
+    emulated = " /sys/kernel/security ", " - fuse"
+    return [line for line in lines if str(place) in line or "ipe-emu" in line or all(part in line for part in emulated)]
 
 
 # -- deaths ---------------------------------------------------------------------------------------------------------

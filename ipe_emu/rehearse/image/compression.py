@@ -16,10 +16,17 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Final, Protocol
 
+import lz4.block
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError, NotJudgedError
 from ipe_emu.rehearse.image.buffer import Buffer
+
+# Not where they are used: the process that unpacks has other ids by then, to which our own files may be closed.
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 #: Yields what comes out, in pieces; returns the offset behind what was read (the kernel's ``my_inptr``).
 Decompression = Generator[bytes, None, int]
@@ -243,10 +250,6 @@ _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 
 def unzstd(buffer: Buffer, start: int, limits: Limits) -> Decompression:
     """lib/decompress_unzstd.c: one frame."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd  # noqa: PLC0415 - only who has such an image pays for it
-    else:
-        from backports import zstd  # noqa: PLC0415
     if not buffer.read(start, len(_ZSTD_MAGIC)).startswith(_ZSTD_MAGIC):
         raise DecompressionError("Input is not in the ZSTD format (wrong magic bytes)")
     window_log = limits.window.bit_length() - 1
@@ -270,8 +273,6 @@ _LZ4_LONGEST: Final = _LZ4_BLOCK + _LZ4_BLOCK // 255 + 16
 
 def unlz4(buffer: Buffer, start: int, limits: Limits) -> Decompression:  # noqa: ARG001 - a block is 8 MiB
     """lib/decompress_unlz4.c: the legacy format alone (``lz4 -l``), blocks of 8 MiB; it ends at a length of zero."""
-    import lz4.block  # noqa: PLC0415 - only who has such an image pays for it
-
     if _word(buffer, start) != _LZ4_MAGIC:
         raise DecompressionError("invalid header")
     position: int = start + 4
