@@ -16,7 +16,6 @@ from ipe_emu.event import Subject
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.session_keys import SessionKeys
 from ipe_emu.exec_hook.traps import Trap
-from ipe_emu.integrity.dm_verity.signature import verify_root_hash_text
 from ipe_emu.keyring import Keyrings
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.profiles import Profile
@@ -25,15 +24,13 @@ from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.block.nodes import CONTROL, BlockNodes
 from ipe_emu.rehearse.block.plan import Dir, Gone, Link, Node, Step
 from ipe_emu.rehearse.block.probe import Probed
-from ipe_emu.rehearse.device_mapper.control import DeviceMapper
-from ipe_emu.rehearse.device_mapper.ioctl import Command
-from ipe_emu.rehearse.device_mapper.mapped_device import MappedDevice
-from ipe_emu.rehearse.device_mapper.target import Corruption
-from ipe_emu.rehearse.device_mapper.types import interface_version, target_types
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.staging import DEVICE_NODES, DEVTMPFS, MAPPER, SYSFS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # device-mapper is imported with its first command: most boots give none
+    from ipe_emu.rehearse.device_mapper.control import DeviceMapper
+    from ipe_emu.rehearse.device_mapper.mapped_device import MappedDevice
+    from ipe_emu.rehearse.device_mapper.target import Corruption
     from ipe_securityfs.subtrees import Subtrees
     from ipe_securityfs.tree import Owner
 
@@ -45,8 +42,6 @@ _LENT: Final = {
     (1, 3): "null", (1, 5): "zero", (1, 7): "full", (1, 8): "random", (1, 9): "urandom", (1, 11): "kmsg",
     (5, 0): "tty", (5, 1): "console",
 }  # fmt: skip
-#: Commands whose failure the kernel says something about (DMERR).
-_LOGGED: Final = frozenset({Command.DEV_SUSPEND, Command.TABLE_LOAD, Command.DEV_RENAME, Command.TARGET_MSG})
 #: Files of /proc that list devices.
 TEXT_FILES: Final = ("partitions", "devices", "misc")
 
@@ -83,16 +78,14 @@ class Disks:
     facts_changed: Callable[[], None] = field(default=lambda: None, init=False)
     #: The st_dev of the machine's devtmpfs.
     devtmpfs: int = field(default=-1, init=False)
-    mapper: DeviceMapper = field(init=False)
     nodes: BlockNodes = field(init=False)
+    _mapper: "DeviceMapper | None" = field(default=None, init=False)
     _subtrees: "Subtrees" = field(init=False, repr=False)
     _served: threading.Event = field(factory=threading.Event, init=False, repr=False)
     _placed: set[tuple[int, int, bytes]] = field(factory=set, init=False, repr=False)
     _names: Iterator[int] = field(factory=itertools.count, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        types = target_types(self.profile, require_signatures=self.require_signatures)
-        self.mapper = DeviceMapper(self.devices, types, interface_version(self.profile), self)
         self.nodes = BlockNodes(self.devices, self, self)
 
     @property
@@ -191,30 +184,41 @@ class Disks:
     def ioctl(self, caller: Caller, request: int, argument: int) -> int:
         """Carry out an ioctl on /dev/mapper/control."""
         os.fstatvfs(self.nodes.root)  # the session answers in order: what was closed before has arrived now
+        if self._mapper is None:
+            self._mapper = self._make_mapper()
         asking = _Asking(caller, argument, self)
-        answer = self.mapper.ioctl(request, asking, caller.capable(_CAP_SYS_ADMIN), asking)
+        answer = self._mapper.ioctl(request, asking, caller.capable(_CAP_SYS_ADMIN), asking)
         for offset, data in answer.written:
             caller.copy_out(argument + offset, data)
         if answer.errno:
-            if request & 0xFF in _LOGGED:
+            if self._mapper.logs_failure_of(request):
                 self.telling.log(f"device-mapper: {answer.reason} ({errno_name(answer.errno)})")
             raise KernelError(answer.errno, answer.reason, "ctl_ioctl")
         return 0
 
+    def _make_mapper(self) -> "DeviceMapper":
+        from ipe_emu.rehearse.device_mapper.control import DeviceMapper  # noqa: PLC0415 - see above
+        from ipe_emu.rehearse.device_mapper.types import interface_version, target_types  # noqa: PLC0415
+
+        types = target_types(self.profile, require_signatures=self.require_signatures)
+        return DeviceMapper(self.devices, types, interface_version(self.profile), self)
+
     def closed(self, number: int) -> None:
         """Hear that a device was closed for the last time, in the thread that serves the session."""
+        if self._mapper is None:
+            return
         try:
-            self.mapper.closed(number)
+            self._mapper.closed(number)
         except NotJudgedError as error:
             self.telling.not_judged(None, "close", str(error))
 
-    def appeared(self, device: MappedDevice) -> None:
+    def appeared(self, device: "MappedDevice") -> None:
         """Show a mapped device in /sys and /dev."""
         block = device.block_device
         self._make(SYSFS, plan.sysfs_of(self.devices, block, **_names(device)))
         self._make(DEVTMPFS, plan.devtmpfs_of(block))
 
-    def changed(self, device: MappedDevice) -> None:
+    def changed(self, device: "MappedDevice") -> None:
         """Show what a mapped device is now."""
         self.facts_changed()
         block = device.block_device
@@ -225,7 +229,7 @@ class Disks:
             steps += plan.dependence(self.devices, block, lower)
         self._make(SYSFS, steps)
 
-    def disappeared(self, device: MappedDevice) -> None:
+    def disappeared(self, device: "MappedDevice") -> None:
         """Show it no more."""
         lower = device.active.used if device.active else []
         self._make(SYSFS, plan.gone(self.devices, device.block_device, lower))
@@ -235,7 +239,7 @@ class Disks:
         """Note what a table does otherwise."""
         self.telling.remark(text)
 
-    def corrupted(self, corruption: Corruption) -> None:
+    def corrupted(self, corruption: "Corruption") -> None:
         """Log it, and restart the machine if the table says so."""
         self.telling.log(f"device-mapper: verity: {corruption.data_device}: {corruption.reason}")
         if corruption.action in {"restart", "panic"}:
@@ -247,7 +251,7 @@ def _key(directory: int, name: bytes) -> tuple[int, int, bytes]:
     return st.st_dev, st.st_ino, name
 
 
-def _names(device: MappedDevice) -> dict[str, str]:
+def _names(device: "MappedDevice") -> dict[str, str]:
     return {"name": os.fsdecode(device.name), "uuid": os.fsdecode(device.uuid)}
 
 
@@ -277,5 +281,7 @@ class _Asking:
         return found
 
     def verify_root_hash(self, text: bytes, signature: bytes) -> None:
+        from ipe_emu.integrity.dm_verity.signature import verify_root_hash_text  # noqa: PLC0415 - as device-mapper
+
         hashes = self.disks.profile.unavailable_hashes
         verify_root_hash_text(text, signature, self.disks.keyrings(), unavailable_hashes=hashes)

@@ -23,6 +23,8 @@ _MOST_MINORS: Final = 1 << 20
 _FORBIDDEN_NAMES: Final = frozenset({b"control", b".", b".."})
 _HAS_UUID: Final = 1
 _DOESNT_HAVE_UUID: Final = 2
+#: Commands whose failure it logs (DMERR).
+_LOGGED: Final = frozenset({Command.DEV_SUSPEND, Command.TABLE_LOAD, Command.DEV_RENAME, Command.TARGET_MSG})
 _U64: Final = struct.Struct("<Q")
 _NAME_LIST: Final = struct.Struct("<QI")
 _EVENT_AND_FLAGS: Final = struct.Struct("<II")
@@ -97,6 +99,10 @@ class DeviceMapper:
         except KernelError as error:
             return Answer(error.errno, tuple(written), error.reason)
         return Answer(0, tuple(written))
+
+    def logs_failure_of(self, request: int) -> bool:
+        """Whether the kernel logs why an ioctl failed."""
+        return request & 0xFF in _LOGGED
 
     def closed(self, number: int) -> None:
         """Remove the device of that number if that was only to be done once nobody has it open (``dm_blk_close()``)."""
