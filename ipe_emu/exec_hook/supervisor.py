@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ipe_securityfs.subtrees import Content
 
 #: How long a thread may keep the interpreter to itself (seconds; Python's default is 5 ms). While one thread is at
-#: work, a system call waits this long for the other one's answer.
+#: work, a system call waits this long for the other one's answer. Not while both import: that only takes longer.
 _SWITCH_INTERVAL = 0.0002
 #: How many objects may be made before the collector looks for cycles (Python's default is 700). An answer makes
 #: hundreds, hardly any of them in a cycle, and the tree waits while the collector looks.
@@ -54,7 +54,6 @@ class _Thread:
 
     def start(self) -> None:
         """Begin."""
-        sys.setswitchinterval(_SWITCH_INTERVAL)
         self._thread.start()
 
     def _run(self) -> None:
@@ -95,6 +94,7 @@ class Notifications(_Thread):
         super().__init__("answering system calls", self._answer, report, on_failure)
 
     def _answer(self) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         gc.freeze()  # what was made until now stays until the end, and need not be looked at again
         gc.set_threshold(_COLLECT_AFTER)
         try:
