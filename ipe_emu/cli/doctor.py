@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from ipe_emu.cli.subparsers import Subparsers, add_command
 if TYPE_CHECKING:
     from ipe_emu.linux.probe import Probe
 
-_COMMANDS = ("run", "mount")
+_COMMANDS = ("run", "boot", "mount")
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -26,7 +27,8 @@ def add_parser(commands: Subparsers, line: str) -> None:
         run,
         description=(
             "Try what the emulator needs, as the user who asks, and say how to mend what does not work. The exit status"
-            " is 0 if `run` and `mount` will work, and 77 if one of them will not. No kernel profile matters here."
+            " is 0 if `run`, `boot` and `mount` will work, and 77 if one of them will not. No kernel profile matters"
+            " here."
         ),
         examples="""\
 ipe-emu doctor
@@ -39,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Try everything and print what came of it."""
     from ipe_emu.linux.probe import probe
 
-    probes = [*probe(), _writers_can_be_seen(), *_programs_of_volumes()]
-    works = {command: all(p.ok for p in probes if command in p.needed_for) for command in _COMMANDS}
+    probes = [*probe(), _writers_can_be_seen(), *_programs_of_images()]
+    works = {command: all(p.ok for p in probes if _needs(command, p)) for command in _COMMANDS}
     if args.json:
         print(json.dumps({"works": works, "probes": [_as_json(p) for p in probes]}, indent=2))
     else:
@@ -64,21 +66,28 @@ def _writers_can_be_seen() -> "Probe":
     return Probe(name, ok=False, detail=detail, remedy=remedy, needed_for=("mount",))
 
 
-def _programs_of_volumes() -> "list[Probe]":
-    """Whether the programs are there that read images: of ``run --volume``, of disks in ``boot``, to simulate."""
-    from ipe_emu.linux.probe import Probe
+def _needs(command: str, probe: "Probe") -> bool:
+    """Whether a command does not work without this; ``boot`` stands on all that ``run`` does."""
+    return ("run" if command == "boot" else command) in probe.needed_for
+
+
+def _programs_of_images() -> "list[Probe]":
+    """Whether the programs are there that read images: volumes of ``run``, what ``boot`` boots and its disks."""
     from ipe_emu.volumes import programs
 
-    probes = []
-    for kind, program in programs.PROGRAMS.items():
-        found = programs.find(kind)
-        if found is None:
-            remedy = f"sudo apt-get install {programs.PACKAGES[program]}"
-            lacking = f"not installed; run --volume needs it for {kind.value}"
-            probes.append(Probe(program, ok=False, detail=lacking, remedy=remedy))
-        else:
-            probes.append(Probe(program, ok=True, detail=found))
-    return probes
+    of_file_systems = [
+        _program(name, programs.find(kind), programs.PACKAGES[name], f"run --volume and boot --disk: {kind.value}")
+        for kind, name in programs.PROGRAMS.items()
+    ]
+    return [*of_file_systems, _program("lzop", shutil.which("lzop"), "lzop", "boot: an image compressed with lzo")]
+
+
+def _program(name: str, found: str | None, package: str, use: str) -> "Probe":
+    from ipe_emu.linux.probe import Probe
+
+    if found is not None:
+        return Probe(name, ok=True, detail=found)
+    return Probe(name, ok=False, detail=f"not installed; for {use}", remedy=f"sudo apt-get install {package}")
 
 
 def _print(probes: "Sequence[Probe]", works: dict[str, bool]) -> None:

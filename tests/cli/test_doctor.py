@@ -31,11 +31,24 @@ def test_the_exit_status_follows_what_is_needed(
         assert one.remedy in result.out
     assert ("ipe-emu run does not work here" in result.out) is (status == 77)
     assert "ipe-emu mount works here" in result.out
-    assert json.loads(ipe_emu("doctor", "--json").out)["works"] == {"run": status == 0, "mount": True}
+    assert json.loads(ipe_emu("doctor", "--json").out)["works"] == {
+        "run": status == 0, "boot": status == 0, "mount": True,
+    }  # fmt: skip
+
+
+def test_programs_that_read_images_are_wished_for(ipe_emu: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "probe", lambda: [GOOD])
+    monkeypatch.setattr("shutil.which", lambda *_args, **_kwargs: None)
+    result = ipe_emu("doctor")
+    assert result.status == 0
+    for package, use in (("squashfuse", "run --volume and boot --disk: squashfs"), ("lzop", "boot: an image")):
+        assert f"less  {package}" in result.out
+        assert f"not installed; for {use}" in result.out
+        assert f"sudo apt-get install {package}\n" in result.out
 
 
 @pytest.mark.needs("fuse", "user-namespaces")
 def test_a_machine_that_can_is_told_so() -> None:
     done = spawn("doctor", "--json")
     assert done.returncode == 0, done.stdout
-    assert json.loads(done.stdout)["works"] == {"run": True, "mount": True}
+    assert json.loads(done.stdout)["works"] == {"run": True, "boot": True, "mount": True}
