@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ipe_emu.event import Hook
 from ipe_emu.kernel_cmdline import words
 from ipe_emu.policy.rule import Policy
 from ipe_emu.rehearse import events
@@ -70,7 +71,9 @@ def _enforcement(happened: Sequence[Event]) -> Iterator[str]:
 
 def _ignored_failures(happened: Sequence[Event], series: Mapping[int, int]) -> Iterator[str]:
     """A loader that failed and exited with 0: the boot goes on, and what it wrote was never loaded."""
+    switched = False
     for place, event in enumerate(happened):
+        switched = switched or isinstance(event, events.SwitchedRoot)
         if not isinstance(event, events.ControlFailed):
             continue
         later = happened[place + 1 :]
@@ -81,6 +84,15 @@ def _ignored_failures(happened: Sequence[Event], series: Mapping[int, int]) -> I
             yield (
                 f"{faults.of_write(event, series)}: writing {event.node} failed, and the boot went on to its real root"
                 " as if it had not: the loader must end with an error, and init must look at it"
+            )
+            return
+        # In the real root there is no such step to tell by: that much went on there is all that can be said.
+        followed = sum(isinstance(other, events.Judged) and other.hook is Hook.BPRM_CHECK for other in later)
+        if switched and followed:
+            yield (
+                f"{faults.of_write(event, series)}: writing {event.node} failed, nobody made it good, and {followed}"
+                " execution(s) followed in the real root: the loader must end with an error, and who started it must"
+                " look at it"
             )
             return
 

@@ -200,6 +200,7 @@ def test_denials_are_told_once_with_rule_facts_and_reason() -> None:
         ),
         ([started(cmdline="quiet audit=0")], "audit=0 on the command line"),
         (without_loading(failed(errno.ENOKEY), switch=True), "went on to its real root as if it had not"),
+        (with_denial(failed(errno.ENOKEY, when=0.16)), "nobody made it good, and 7 execution(s) followed"),
         (without_loading(failed(errno.EBADMSG, size=8192, head=TEXT[:16])), "policy written in pieces of 8192 bytes"),
         (
             without_loading(
@@ -231,8 +232,18 @@ def test_warnings(happened: Sequence[Event], warning: str) -> None:
     assert any(warning in line for line in summarise(happened).warnings), summarise(happened).warnings
 
 
-def test_a_write_that_is_made_good_is_no_warning() -> None:
-    happened = with_denial(failed(errno.ENOKEY, when=0.09))
+@pytest.mark.parametrize(
+    "happened",
+    [
+        with_denial(failed(errno.ENOKEY, when=0.09)),
+        with_denial(
+            failed(errno.ENOKEY, when=0.16),
+            events.PolicyLoaded(0.17, CAT, FINAL, FINAL_TEXT, signed=True, updated=True),
+        ),
+        with_denial(failed(errno.ENOKEY, when=0.39)),  # the machine ended for it
+    ],
+)
+def test_a_write_that_is_made_good_is_no_warning(happened: Sequence[Event]) -> None:
     assert not summarise(happened).warnings
 
 
