@@ -4,18 +4,17 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.audit_log import open_audit_log
+from ipe_emu.cli.files import check_writable, write_report
 from ipe_emu.cli.options import add_machine_options, boot_ipe
 from ipe_emu.cli.output import announce, escape, say
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.errors import NotJudgedError, UserError
 
 if TYPE_CHECKING:
-    from ipe_emu.lsm import UpstreamRefusal
     from ipe_emu.rehearse.report import Summary
 
 #: COMMAND_LINE_SIZE of x86_64 and aarch64, the NUL at the end included.
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from ipe_emu.rehearse.block.device import BlockDevices
     from ipe_emu.rehearse.block.disk import Disk, attach, probe_all
     from ipe_emu.rehearse.boot import BootOptions, boot
-    from ipe_emu.rehearse.events import NotJudged, Timeline
+    from ipe_emu.rehearse.events import Interrupted, NotJudged, Timeline
     from ipe_emu.rehearse.image import open_image, unpack
     from ipe_emu.rehearse.report import summarise
     from ipe_emu.rehearse.watch import WatchedIpe
@@ -102,18 +101,25 @@ def run(args: argparse.Namespace) -> int:
     disks = [Disk.parse(text) for text in args.disk]
     emit = open_audit_log(args.audit_log)
     timeline = Timeline()
+    for kind in _REPORTS:
+        _check_report(args, kind)
     with open_image(args.image, profile, uki_profile=args.uki_profile) as image:
-        reports = [(_open_report(args, "json"), _json), (_open_report(args, "html"), _html)]
         args.cmdline = args.cmdline or image.cmdline or ""
         if len(os.fsencode(args.cmdline)) >= _COMMAND_LINE_SIZE:
             raise UserError(f"the command line is longer than {_COMMAND_LINE_SIZE - 1} bytes, where kernels cut it")
         attach(disks, devices, force_gpt=parse_cmdline(os.fsencode(args.cmdline)).force_gpt)
+        booted: list[WatchedIpe] = []
+
+        def make_ipe(timeline: Timeline) -> WatchedIpe:
+            booted.append(boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit))
+            return booted[0]
+
         options = BootOptions(
             profile=profile,
             devices=devices,
             probe=functools.partial(probe_all, disks, devices),
             unshiftable="the file systems of its disks" if disks else None,
-            make_ipe=lambda timeline: boot_ipe(args, profile, functools.partial(WatchedIpe, timeline=timeline), emit),
+            make_ipe=make_ipe,
             unpack=functools.partial(unpack, image.members),
             cmdline=os.fsencode(args.cmdline),
             timeout=args.timeout,
@@ -121,21 +127,31 @@ def run(args: argparse.Namespace) -> int:
             then=args.then,
             release=image.uname,
         )
-        refusals: Sequence[UpstreamRefusal] = ()
+        signalled: int | None = None
         try:
-            refusals = boot(options, timeline, say).upstream_refusals
+            boot(options, timeline, say)
         except SignalledError as interrupted:
-            return interrupted.status
+            if not timeline.started:
+                return interrupted.status
+            signalled = interrupted.status
+            timeline.add(Interrupted(timeline.now, None, str(interrupted)))
         except NotJudgedError as error:
             timeline.add(NotJudged(timeline.now, None, "boot", str(error)))
-    summary = summarise(timeline.events, refusals)
-    status = _status(summary)
-    for file, form in reports:
-        if file is not None:
-            with file:
-                file.write(form(summary, status))
+    summary = summarise(timeline.events, [refusal for ipe in booted for refusal in ipe.upstream_refusals])
+    return _report(args, summary, _status(summary) if signalled is None else signalled)
+
+
+def _report(args: argparse.Namespace, summary: "Summary", status: int) -> int:
+    """Write the reports, the text last; return the exit status."""
     from ipe_emu.rehearse.report.text import lines_of
 
+    for kind, form in _REPORTS.items():
+        if (path := getattr(args, kind)) is not None:
+            try:
+                write_report(path, form(summary, status))
+            except OSError as error:
+                say(f"--{kind} {escape(path)}: {error.strerror}")
+                status = status or exit_status.USAGE
     headline, *lines = lines_of(summary)
     say(f"result: {headline}")
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -148,6 +164,7 @@ def _status(summary: "Summary") -> int:
     return {
         Result.AS_EXPECTED: exit_status.OK,
         Result.DENIED: exit_status.DENIED,
+        Result.INTERRUPTED: exit_status.PROGRAM_FAILED,
         Result.PROGRAM_FAILED: exit_status.PROGRAM_FAILED,
         Result.NOT_JUDGED: exit_status.NOT_JUDGED,
     }[summary.verdict.result]
@@ -165,12 +182,14 @@ def _html(summary: "Summary", _status: int) -> str:
     return html.page(summary)
 
 
-def _open_report(args: argparse.Namespace, kind: str) -> TextIO | None:
-    """Open the file of a report, before anything is started. It is its owner's alone: it tells what a machine runs."""
+_REPORTS = {"json": _json, "html": _html}
+
+
+def _check_report(args: argparse.Namespace, kind: str) -> None:
+    """Find out before anything is started whether a report can be written."""
     path = getattr(args, kind)
-    if path is None:
-        return None
-    try:
-        return open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise UserError(f"--{kind} {escape(path)}: {error.strerror}") from None
+    if path is not None:
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise UserError(f"--{kind} {escape(path)}: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """Reading what users name, bounded, and creating files without following or overwriting what is there."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -41,6 +42,26 @@ def refuse_to_overwrite(path: str, *, force: bool) -> None:
         raise UserError(f"{escape(path)}: exists; --force overwrites it")
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{escape(path)}: is no regular file, and only a regular file is overwritten")
+
+
+def check_writable(path: str) -> None:
+    """Raise OSError if `write_report` could not write ``path``. A file that is not there is not made."""
+    try:
+        found = Path(path).stat()
+    except FileNotFoundError:
+        directory = Path(path).parent
+        os.close(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+    else:
+        if not stat.S_ISFIFO(found.st_mode):  # which would wait for a reader
+            os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+
+
+def write_report(path: str, text: str) -> None:
+    """Write a file that is its owner's alone, if it is new; OSError as open(2) and write(2)."""
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600)) as f:
+        f.write(text)
 
 
 def create(path: str, data: bytes, *, mode: int, force: bool) -> None:

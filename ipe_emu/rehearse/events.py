@@ -184,6 +184,13 @@ class TimedOut(_Happened):
 
 
 @frozen
+class Interrupted(_Happened):
+    """A signal to the emulator ended the rehearsal, or a person did who typed what stands for one."""
+
+    signal: str
+
+
+@frozen
 class Failed(_Happened):
     """A part of the emulator failed: nothing that it answered counts."""
 
@@ -208,6 +215,7 @@ Event = (
     | Panicked
     | CommandEnded
     | TimedOut
+    | Interrupted
     | Failed
 )
 
@@ -242,6 +250,11 @@ class Timeline:
         self._start = time.monotonic()
 
     @property
+    def started(self) -> bool:
+        """Whether the machine was started."""
+        return self._start is not None
+
+    @property
     def now(self) -> float:
         """The time that an event has which happens now."""
         return 0.0 if self._start is None else time.monotonic() - self._start
@@ -265,7 +278,8 @@ class Timeline:
             if self._kinds:
                 self._kinds.clear()
                 self._events.append(Failed(event.when, None, "more happened than can be remembered"))
-            return isinstance(event, Rebooted | Panicked | TimedOut | CommandEnded)  # there is one of each at the most
+            # There is one of each at the most.
+            return isinstance(event, Rebooted | Panicked | TimedOut | Interrupted | CommandEnded)
         self._kinds.add(kind)
         return True
 

@@ -23,7 +23,7 @@ _BAD: Final = (
 )
 #: What a kernel says by itself, word for word.
 _THE_KERNELS: Final = (events.Message, events.Panicked, events.ImageUnpacked)
-_DOUBTFUL: Final = (events.NotJudged, events.NotDone, events.EnforceChanged)
+_DOUBTFUL: Final = (events.NotJudged, events.NotDone, events.EnforceChanged, events.Interrupted)
 
 
 @frozen

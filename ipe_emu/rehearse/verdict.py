@@ -11,6 +11,7 @@ from ipe_emu.rehearse.events import (
     Event,
     Failed,
     ImageUnpacked,
+    Interrupted,
     Judged,
     NotJudged,
     Panicked,
@@ -26,6 +27,7 @@ class Result(enum.Enum):
 
     NOT_JUDGED = "something could not be judged"
     DENIED = "the policy failed it"
+    INTERRUPTED = "interrupted"
     PROGRAM_FAILED = "the machine failed for its own reasons"
     AS_EXPECTED = "as expected"
 
@@ -67,4 +69,13 @@ def _unknown(event: Event) -> bool:
     return isinstance(event, NotJudged | Failed) or (isinstance(event, ImageUnpacked) and not event.exact)
 
 
-_DECIDING = ((Result.NOT_JUDGED, _unknown), (Result.DENIED, _denied), (Result.PROGRAM_FAILED, _crashed))
+def _interrupted(event: Event) -> bool:
+    return isinstance(event, Interrupted)
+
+
+_DECIDING = (
+    (Result.NOT_JUDGED, _unknown),
+    (Result.DENIED, _denied),
+    (Result.INTERRUPTED, _interrupted),
+    (Result.PROGRAM_FAILED, _crashed),
+)

@@ -1,5 +1,6 @@
 """Whole boots of small images: policies change hands, roots are switched, machines end."""
 
+import json
 import os
 import re
 import termios
@@ -198,7 +199,7 @@ def test_a_terminal_is_a_serial_console(one: Runner) -> None:
 
 def test_a_person_can_end_the_rehearsal(one: Runner) -> None:
     tree = build_tree(one.place / "tree", "trap '' INT; echo ready; sleep 1000\n")
-    status, _ = on_terminal(one, tree, b"\x03\x1d", b"ready")
+    status, _ = on_terminal(one, tree, b"\x03\x1d", b"result: interrupted: ")
     assert status == 130
 
 
@@ -336,3 +337,30 @@ def test_bad_usage(one: Runner, options: tuple[str, ...], said: str) -> None:
     done = one.run("boot", *options)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_a_report_is_written_when_there_is_one(one: Runner) -> None:
+    tree = build_tree(one.place / "tree", "echo never\n")
+    (one.place / "old.json").write_text("kept")
+    reports = ("--html", "new.html", "--json", "old.json")
+    assert one.run("boot", *reports, "--cmdline", "x" * 2048, str(tree)).returncode == 2
+    assert not (one.place / "new.html").exists()
+    assert (one.place / "old.json").read_text() == "kept"
+    for option, path, said in (("--html", "absent/x", "No such file"), ("--json", ".", "Is a directory")):
+        done = one.run("boot", option, path, str(tree))
+        assert done.returncode == 2
+        assert f"{option} {path}: {said}" in done.stderr
+        assert "never" not in done.stdout
+
+
+def test_an_interrupted_boot_is_reported_as_far_as_it_came(emu: Runner) -> None:
+    tree = build_tree(emu.place / "tree", "echo started; exec sleep 1000\n")
+    with emu.start("boot", "--json", "report.json", str(tree)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        assert process.wait(LIMIT) == 143
+    report = json.loads((emu.place / "report.json").read_text())
+    assert report["result"] == "interrupted"
+    assert report["status"] == 143
+    assert report["executions"] >= 2

@@ -51,6 +51,10 @@ def test_a_supervisor_that_ends_takes_everything_along(
         wait_until(lambda: not processes_with(MARK), "the end of the machine")
         # Nobody holds the console any more.
         assert "started" not in process.stdout.read()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    # Who ends a rehearsal still hears what came of it until then.
+    assert (f"result: interrupted: the rehearsal was ended by {number.name}" in said) == (number is not signal.SIGKILL)
     assert list(temporary.iterdir()) == []
 
 

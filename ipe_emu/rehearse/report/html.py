@@ -21,6 +21,7 @@ _MOST_LOGGED: Final = 2000
 _BADGES: Final = {
     Result.AS_EXPECTED: ("good", "as expected"),
     Result.DENIED: ("bad", "failed by the policy"),
+    Result.INTERRUPTED: ("doubtful", "interrupted"),
     Result.PROGRAM_FAILED: ("bad", "the machine failed"),
     Result.NOT_JUDGED: ("doubtful", "not judged"),
 }
