@@ -69,6 +69,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "umount2": (166, 39),
     "swapon": (167, 224),
     "fstatfs": (138, 44),
+    "sync": (162, 81),
     "reboot": (169, 142),
     "init_module": (175, 105),
     "delete_module": (176, 106),

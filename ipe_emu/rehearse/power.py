@@ -1,4 +1,4 @@
-"""reboot(2) and the sysrq trigger: what ends a machine."""
+"""reboot(2) and the sysrq trigger: what ends a machine; and sync(2), which who ends it calls before."""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ class Power:
 
     @property
     def traps(self) -> Sequence[Trap]:
-        """The call that it answers."""
-        return (Trap("reboot", self._plan_reboot),)
+        """The calls that it answers."""
+        return (Trap("reboot", self._plan_reboot), Trap("sync", self._plan_sync))
 
     def sysrq(self, command: bytes) -> None:
         """Take a command that was written to the trigger (``write_sysrq_trigger()``): its first letter counts."""
@@ -57,6 +57,11 @@ class Power:
             why = "no kernel is loaded" if command == _KEXEC else "no such command here"
             raise KernelError(errno.EINVAL, why, "reboot")
         return Plan(Perform(lambda: self._end(how, caller)))
+
+    def _plan_sync(self, _caller: Caller, _args: tuple[int, ...]) -> Plan:
+        # What a machine writes to its disks is in their images at once. Carried out, the call would wait until the
+        # disks of this machine have everything that anybody has written.
+        return Plan(Return(0))
 
     def _end(self, how: str, caller: Caller) -> int:
         self.end(how, "reboot(2)", caller)
