@@ -1,7 +1,6 @@
 """An image that dm-verity protects, opened: what the emulator serves of it, and what IPE knows of its files."""
 
 import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -10,7 +9,6 @@ from attrs import define, field
 
 from ipe_emu.errors import KernelError, UserError
 from ipe_emu.integrity.dm_verity import CorruptedError, DmVerity, Parameters, Superblock, parse_root_hash
-from ipe_emu.integrity.dm_verity.parameters import SUPERBLOCK_SIZE, check_hash_offset
 from ipe_emu.integrity.dm_verity.tree import size_of
 from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.hash_workers import Progress, no_progress
@@ -126,8 +124,7 @@ def _tree(specification: VolumeSpecification, data_fd: int, hash_fd: int) -> tup
     if specification.tree is None:
         path = specification.hash_image or specification.image
         try:
-            check_hash_offset(offset)
-            parameters = Superblock.parse(os.pread(hash_fd, SUPERBLOCK_SIZE, offset)).parameters
+            parameters = Superblock.read(hash_fd, offset).parameters
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return parameters, parameters.tree_offset(offset, superblock=True)

@@ -9,7 +9,7 @@ import pytest
 from ipe_emu.errors import UserError
 from ipe_emu.integrity.algorithms import ALGORITHMS
 from ipe_emu.integrity.dm_verity import DmVerity, Parameters, compute_root_hash, format_image
-from tests.integrity.tools import IDENTITY, opened, random_file, tool, veritysetup_format
+from tests.integrity.tools import IDENTITY, open_formatted, opened, random_file, tool, veritysetup_format
 
 #: What Debian's veritysetup has under the kernel's names.
 COMMON = (
@@ -31,7 +31,7 @@ def compare(tmp_path: Path, size: int, parameters: Parameters) -> None:
         assert root_hash.hex() == expected
     assert ours.read_bytes() == theirs.read_bytes()
     with opened(data) as data_fd, opened(theirs) as hash_fd:
-        volume = DmVerity.from_superblock(root_hash, data_fd, hash_fd)
+        volume = open_formatted(root_hash, data_fd, hash_fd)
         volume.verify()
         assert volume.read(0, size) == data.read_bytes()[: parameters.data_size]
 
@@ -104,7 +104,7 @@ def test_an_error_correction_area_is_not_looked_at(tmp_path: Path) -> None:
     )  # fmt: skip
     assert image.stat().st_size > hash_end
     with opened(image) as fd:
-        DmVerity.from_superblock(bytes.fromhex(expected), fd, fd, parameters.data_size).verify()
+        open_formatted(bytes.fromhex(expected), fd, fd, parameters.data_size).verify()
 
 
 def test_data_and_hash_area_must_not_overlap(tmp_path: Path) -> None:
@@ -134,4 +134,4 @@ def test_what_veritysetup_lacks_and_kernels_may_have(tmp_path: Path, name: str) 
     hash_image.touch()
     with opened(data) as data_fd, opened(hash_image, os.O_RDWR) as hash_fd:
         root_hash = format_image(data_fd, hash_fd, parameters, 0, identity=IDENTITY)
-        DmVerity.from_superblock(root_hash, data_fd, hash_fd).verify()
+        open_formatted(root_hash, data_fd, hash_fd).verify()

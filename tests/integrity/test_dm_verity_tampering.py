@@ -21,7 +21,7 @@ from ipe_emu.integrity.dm_verity import (
     format_image,
     parse_root_hash,
 )
-from tests.integrity.tools import IDENTITY, opened, random_file, tool
+from tests.integrity.tools import IDENTITY, open_formatted, opened, random_file, tool
 
 SAMPLES = 1000
 #: 600 blocks of 512 bytes: three levels, the last hash block of each partly filled.
@@ -36,7 +36,7 @@ class Image:
     root_hash: bytes
 
     def volume(self, data_fd: int, hash_fd: int) -> DmVerity:
-        return DmVerity.from_superblock(self.root_hash, data_fd, hash_fd)
+        return open_formatted(self.root_hash, data_fd, hash_fd)
 
     def verify(self) -> None:
         with opened(self.data) as data_fd, opened(self.hash_image) as hash_fd:
@@ -272,7 +272,7 @@ def test_root_hashes(image: Image) -> None:
 def test_hash_offsets_that_are_none(image: Image, offset: int) -> None:
     with opened(image.data) as fd:
         with pytest.raises(UserError, match=f"hash offset is {offset}"):
-            DmVerity.from_superblock(image.root_hash, fd, fd, offset)
+            open_formatted(image.root_hash, fd, fd, offset)
         with pytest.raises(UserError, match=f"hash offset is {offset}"):
             PARAMETERS.tree_offset(offset, superblock=False)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
-from ipe_emu.integrity.dm_verity import Parameters
+from ipe_emu.integrity.dm_verity import DmVerity, Parameters, Superblock
 
 IDENTITY = UUID("12345678-1234-5678-9abc-123456789abc")
 #: Where administrators' programs are, which is not on everybody's PATH.
@@ -32,6 +32,12 @@ def veritysetup_format(data: Path, hash_image: Path, parameters: Parameters, *op
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return next(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("Root hash:"))
+
+
+def open_formatted(root_hash: bytes, data_fd: int, hash_fd: int, offset: int = 0) -> DmVerity:
+    """An image whose superblock is at an offset of the hash image."""
+    parameters = Superblock.read(hash_fd, offset).parameters
+    return DmVerity(parameters, root_hash, data_fd, hash_fd, parameters.tree_offset(offset, superblock=True))
 
 
 def random_file(path: Path, size: int) -> Path:

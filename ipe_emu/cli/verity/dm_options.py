@@ -1,14 +1,12 @@
 """The options that describe a dm-verity hash tree, named as veritysetup names them."""
 
 import argparse
-import os
 import re
 from typing import Any
 
 from ipe_emu.cli.output import say
 from ipe_emu.errors import UserError
 from ipe_emu.integrity.dm_verity import Parameters, Superblock
-from ipe_emu.integrity.dm_verity.parameters import SUPERBLOCK_SIZE, check_hash_offset
 from ipe_emu.integrity.dm_verity.tree import size_of
 
 _PAGE_SIZE = 4096
@@ -58,8 +56,7 @@ def read_superblock(args: argparse.Namespace, hash_fd: int) -> Superblock:
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option}: the superblock says this; the option is for --no-superblock")
-    check_hash_offset(args.hash_offset)
-    return Superblock.parse(os.pread(hash_fd, SUPERBLOCK_SIZE, args.hash_offset))
+    return Superblock.read(hash_fd, args.hash_offset)
 
 
 def described(parameters: Parameters, root_hash: bytes) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The superblock of a hash area (cryptsetup, DMVerity: "verity superblock format"): 512 bytes, little-endian."""
 
+import os
 import struct
 import uuid
 
 from attrs import frozen
 
 from ipe_emu.errors import UserError
-from ipe_emu.integrity.dm_verity.parameters import MAX_SALT_SIZE, SUPERBLOCK_SIZE, Parameters
+from ipe_emu.integrity.dm_verity.parameters import MAX_SALT_SIZE, SUPERBLOCK_SIZE, Parameters, check_hash_offset
 
 _SIGNATURE = b"verity\0\0"
 _VERSION = 1
@@ -21,6 +22,12 @@ class Superblock:
 
     parameters: Parameters
     uuid: uuid.UUID
+
+    @classmethod
+    def read(cls, hash_fd: int, offset: int) -> "Superblock":
+        """Read the superblock at an offset of an open hash image. UserError as ``parse``, or for the offset."""
+        check_hash_offset(offset)
+        return cls.parse(os.pread(hash_fd, SUPERBLOCK_SIZE, offset))
 
     @classmethod
     def parse(cls, data: bytes) -> "Superblock":

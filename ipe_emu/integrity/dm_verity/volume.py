@@ -1,14 +1,12 @@
 """Checking an image against its hash tree and root hash: block by block as the kernel does, or as a whole."""
 
-import os
 from contextlib import closing
 
 from attrs import define, field
 
 from ipe_emu.errors import UserError
 from ipe_emu.integrity.dm_verity.blocks import CorruptedError, VerifiedBlocks, reader
-from ipe_emu.integrity.dm_verity.parameters import SUPERBLOCK_SIZE, Parameters, check_hash_offset
-from ipe_emu.integrity.dm_verity.superblock import Superblock
+from ipe_emu.integrity.dm_verity.parameters import Parameters
 from ipe_emu.integrity.dm_verity.tree import check_data_size, compute_root_hash, size_of
 from ipe_emu.integrity.hash_workers import Progress, hash_file, no_progress
 
@@ -39,13 +37,6 @@ class DmVerity:
                 f"the hash tree of {p.data_blocks} data blocks has {p.tree_size} bytes from byte {self.tree_offset} on;"
                 f" the hash image has {size} bytes"
             )
-
-    @classmethod
-    def from_superblock(cls, root_hash: bytes, data_fd: int, hash_fd: int, hash_offset: int = 0) -> "DmVerity":
-        """Open an image whose superblock is at ``hash_offset`` of the hash image. UserError as ``Superblock.parse``."""
-        check_hash_offset(hash_offset)
-        parameters = Superblock.parse(os.pread(hash_fd, SUPERBLOCK_SIZE, hash_offset)).parameters
-        return cls(parameters, root_hash, data_fd, hash_fd, parameters.tree_offset(hash_offset, superblock=True))
 
     # --- block by block ----------------------------------------------------------------------------------------
 
