@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 
 from ipe_emu import audit
 from ipe_emu.audit import AuditedPolicy, AuditRecord
-from ipe_emu.errors import KernelError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Hook, Subject
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.integrity.fsverity_signature import verify_signature
@@ -217,7 +217,8 @@ class Ipe:
     def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
         """Ask the active policy about one event and audit its answer (``ipe_evaluate_event()``).
 
-        ``file`` is None where the kernel has none: anonymous memory, a module from a buffer.
+        ``file`` is None where the kernel has none: anonymous memory, a module from a buffer. NotJudgedError, without a
+        record, where the answer depends on facts of it that are in doubt.
         """
         verdict = self._evaluate(operation, hook, subject, file)
         if verdict is None:
@@ -236,7 +237,10 @@ class Ipe:
         last = self._passed
         if last is not None and last[0] is active and last[1] is operation and last[2] is facts:
             return True
-        if evaluate(active.index, operation, facts).action is Action.DENY:
+        try:
+            if evaluate(active.index, operation, facts).action is Action.DENY:
+                return False
+        except NotJudgedError:
             return False
         self._passed = active, operation, facts
         return True
@@ -387,7 +391,11 @@ class Ipe:
         Permissive mode waives denials of execution, never a signature; and an ALLOW that is only a default answers as
         a kernel without the proposal does, so that nobody who says ``DEFAULT action=ALLOW`` loses signature checking.
         """
-        verdict = self._evaluate(Operation.POLICY, Hook.POLICY_LOAD, writer.subject, file)
+        try:
+            verdict = self._evaluate(Operation.POLICY, Hook.POLICY_LOAD, writer.subject, file)
+        except NotJudgedError as error:
+            reason = f"the policy is not signed, and whether anything admits it could not be judged: {error}"
+            raise KernelError(errno.EACCES, reason, "ipe_evaluate_event") from None
         if verdict is not None and verdict.action is Action.DENY:
             raise KernelError(
                 errno.EACCES,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from attrs import define
+from attrs import define, evolve
 
 from ipe_emu.audit import AuditRecord, RecordType, format_line
 from ipe_emu.errors import KernelError, NotJudgedError
@@ -167,7 +167,10 @@ class Service:
         except NotJudgedError as error:
             return {"error": f"{request.get('path')!r}: {error}", "not_judged": True}
         with self.tap.collecting() as records:
-            decision = self.ipe.process_event(operation, hook, subject, file)
+            try:
+                decision = self.ipe.process_event(operation, hook, subject, file)
+            except NotJudgedError as error:
+                return {"error": f"{request.get('path')!r}: {error}", "not_judged": True}
         return decision_out(decision) | {
             "hook": hook.value,
             "file": file_out(file),
@@ -187,14 +190,21 @@ class Service:
 
     def _process_event(self, request: Message) -> Message:
         operation, hook = _operation_and_hook(request)
-        return decision_out(self.ipe.process_event(operation, hook, subject_in(request), file_in(request.get("file"))))
+        try:
+            return decision_out(
+                self.ipe.process_event(operation, hook, subject_in(request), file_in(request.get("file")))
+            )
+        except NotJudgedError as error:
+            return {"error": str(error), "not_judged": True}
 
     def _facts(self, request: Message) -> Message:
         place, st = location_in(request.get("place")), stat_in(request.get("stat"))
         try:
-            return {"facts": facts_out(self.facts.facts_of(place, st, _no_content))}
+            facts = self.facts.facts_of(place, st, _no_content)
         except NotJudgedError as error:
             return {"error": str(error), "not_judged": True}
+        # The asker, who has the file, asks this machine's kernel himself: what is in doubt here need not be there.
+        return {"facts": facts_out(evolve(facts, dmverity_in_doubt=None, fsverity_in_doubt=None))}
 
     # -- connections that last ----------------------------------------------------------------------------------------
 

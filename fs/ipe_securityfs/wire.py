@@ -109,6 +109,8 @@ def facts_out(facts: Facts) -> Message:
         "dmverity_signature": facts.dmverity_signature,
         "fsverity_digest": _digest_out(facts.fsverity_digest),
         "fsverity_signature": facts.fsverity_signature,
+        "dmverity_in_doubt": facts.dmverity_in_doubt,
+        "fsverity_in_doubt": facts.fsverity_in_doubt,
     }
 
 
@@ -122,7 +124,15 @@ def facts_in(message: object) -> Facts:
         dmverity_signature=message.get("dmverity_signature") is True,
         fsverity_digest=_digest_in(message.get("fsverity_digest")),
         fsverity_signature=message.get("fsverity_signature") is True,
+        dmverity_in_doubt=_doubt_in(message.get("dmverity_in_doubt")),
+        fsverity_in_doubt=_doubt_in(message.get("fsverity_in_doubt")),
     )
+
+
+def _doubt_in(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ProtocolError("a doubt is no text")
 
 
 def file_out(file: File | None) -> Message | None:

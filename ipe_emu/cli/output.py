@@ -36,6 +36,7 @@ def known(facts: "Facts") -> list[str]:
         words.append(f"dm-verity {facts.dmverity_roothash}" + " (signed)" * facts.dmverity_signature)
     if facts.fsverity_digest is not None:
         words.append(f"fs-verity {facts.fsverity_digest}" + " (signed)" * facts.fsverity_signature)
+    words += [f"in doubt: {doubt}" for doubt in (facts.dmverity_in_doubt, facts.fsverity_in_doubt) if doubt is not None]
     return words
 
 

@@ -11,12 +11,12 @@ from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File, Subject
 from ipe_emu.exec_hook.access import EVERYTHING, Access
 from ipe_emu.exec_hook.mounts import Mount, Mounts
-from ipe_emu.exec_hook.overlays import NAME as OVERLAY
 from ipe_emu.exec_hook.overlays import Overlays, Real
 from ipe_emu.exec_hook.resolve import look_up
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.integrity.sources import OpenFile, Place
 from ipe_emu.linux.mountinfo import Location
+from ipe_emu.linux.overlayfs import NAME as OVERLAY
 from ipe_emu.linux.tracee import Mapping, Tracee
 
 # d_path() appends this to the name of a file without a directory entry.
@@ -207,7 +207,7 @@ class Caller:
         real = self.real(fd)
         if real is None:
             return self.file(fd)
-        facts = self._overlays.facts.facts_of(real.location, real.status, _opening(fd))
+        facts = self._overlays.facts.facts_of(real.location, real.status, real.open_file)
         return File(real.path, real.superblock, real.status.st_ino, facts)
 
     def _locate(self, fd: int, path: bytes, st: os.stat_result) -> tuple[Mount, Location | None]:

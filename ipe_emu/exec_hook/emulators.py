@@ -126,7 +126,7 @@ class OwnEmulator:
         # A declared volume's facts hold on the mount that the sandbox made of it.
         known = Combined([*([of_volumes] if self.images else []), self.facts.in_sandbox(), self._sealing.seals])
         of_kernel = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
-        self._known = Overlays(of_kernel, self.superblocks)
+        self._known = Overlays(of_kernel, known, self.superblocks)
         fuse, surroundings = sandbox.fuse()
         self._keyctl.begin(self._ipe, surroundings.root, dm_verity_unsealed=self.dm_verity_unsealed)
         for name, image in self.images.items():
@@ -235,7 +235,7 @@ class MountedEmulator:
         from ipe_securityfs.client import attach  # noqa: PLC0415 - as above
 
         attach(self._attachment, surroundings.user_namespace)
-        return self._ipe, KernelState(self._ipe, VerityState(), None)
+        return self._ipe, Overlays(KernelState(self._ipe, VerityState(), None), self._ipe, self.superblocks)
 
     def check(self) -> None:
         """Nothing of ours serves the tree."""

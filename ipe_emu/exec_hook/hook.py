@@ -101,7 +101,7 @@ class Judge(Protocol):
         """Whether an event is sure to be allowed without a record, and is not put to ``process_event`` then."""
 
     def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
-        """Decide one event, and audit it."""
+        """Decide one event, and audit it; NotJudgedError if it depends on facts that are in doubt."""
 
 
 class Observer(Protocol):
@@ -159,7 +159,7 @@ class ExecHook:
             raise NotJudgedError(f"the personality {inherited:#x} (see setarch(8)) hides executable mappings")
         self._judge = judge
         # An emulator of this process shares it with its securityfs.
-        self._overlays = facts if isinstance(facts, Overlays) else Overlays(facts, superblocks)
+        self._overlays = facts if isinstance(facts, Overlays) else Overlays(facts, facts, superblocks)
         self._observer = observer
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts(superblocks)
@@ -216,7 +216,10 @@ class ExecHook:
             if not listener.valid(notification):
                 return None
             for event in plan.events:
-                decision = self._judge.process_event(event.operation, event.hook, event.subject, event.file)
+                try:
+                    decision = self._judge.process_event(event.operation, event.hook, event.subject, event.file)
+                except NotJudgedError as error:
+                    return Refuse(str(error))
                 if decision.errno:
                     self._observer.denied(event, decision)
                     return (

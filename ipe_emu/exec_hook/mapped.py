@@ -8,7 +8,7 @@ from typing import Final
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.event import File
 from ipe_emu.exec_hook.caller import Caller
-from ipe_emu.exec_hook.overlays import NAME as OVERLAY
+from ipe_emu.linux.overlayfs import NAME as OVERLAY
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.linux.tracee import Mapping
 

@@ -9,10 +9,11 @@ from attrs import define, field
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.execve import read_path
-from ipe_emu.exec_hook.overlays import NAME, Layer, Options, Overlay, Overlays
+from ipe_emu.exec_hook.overlays import Layer, Overlay, Overlays
 from ipe_emu.exec_hook.plan import Fail, Plan
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.linux import mounts
+from ipe_emu.linux.overlayfs import NAME, Options
 from ipe_emu.linux.syscalls import AT_FDCWD
 
 # MS_REMOUNT, MS_BIND, MS_MOVE and changes of propagation make no superblock.

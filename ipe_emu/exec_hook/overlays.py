@@ -10,69 +10,15 @@ overlay is mounted, for later their paths may lead elsewhere.
 """
 
 import os
-import stat
-from collections.abc import Iterator
-from typing import Final
 
 from attrs import define, evolve, field, frozen
 
 from ipe_emu.errors import NotJudgedError
 from ipe_emu.integrity.facts import Facts
 from ipe_emu.integrity.sources import FactsSource, OpenFile, Place, united
-from ipe_emu.linux import mountinfo, openat2
-from ipe_emu.linux.mountinfo import Location, Superblocks
-
-NAME: Final = "overlay"
-_WITHIN: Final = openat2.RESOLVE_BENEATH | openat2.RESOLVE_NO_SYMLINKS | openat2.RESOLVE_NO_XDEV
-
-
-@frozen
-class Options:
-    """The directories that an overlay is made of, as mount(2) was given them: from the top down."""
-
-    upper: bytes | None
-    lowers: tuple[bytes, ...]
-
-    @classmethod
-    def parse(cls, data: bytes) -> "Options | None":
-        """Read the options of mount(2); None if there is no lower directory, or one that holds data alone."""
-        upper, lowers = None, None
-        for option in _split(data, b","):
-            name, _, value = option.partition(b"=")
-            if name == b"upperdir":
-                upper = _unescaped(value)
-            elif name == b"lowerdir":
-                lowers = tuple(map(_unescaped, _split(value, b":")))
-            elif name in (b"lowerdir+", b"datadir+"):
-                return None
-        if not lowers or not all(lowers):
-            return None
-        return cls(upper, lowers)
-
-
-def _split(text: bytes, separator: bytes) -> Iterator[bytes]:
-    """Split at separators that no backslash stands before (``ovl_next_opt()``)."""
-    begin = position = 0
-    while position < len(text):
-        if text[position : position + 1] == b"\\":
-            position += 1
-        elif text[position : position + 1] == separator:
-            yield text[begin:position]
-            begin = position + 1
-        position += 1
-    yield text[begin:]
-
-
-def _unescaped(text: bytes) -> bytes:
-    found = bytearray()
-    escaped = False
-    for byte in text:
-        if byte == 0x5C and not escaped:
-            escaped = True
-        else:
-            found.append(byte)
-            escaped = False
-    return bytes(found)
+from ipe_emu.linux import openat2
+from ipe_emu.linux.mountinfo import Location, OwnMounts, Superblocks
+from ipe_emu.linux.overlayfs import WITHIN, Options, shown
 
 
 @frozen(eq=False)
@@ -107,17 +53,23 @@ class Real:
     superblock: str
     location: Location
     status: os.stat_result
+    open_file: OpenFile
 
 
 @define(eq=False)
 class Overlays:
-    """Knows the layers of the overlays of one machine, and the facts of files on them. ``facts`` are those of others.
+    """Knows the layers of the overlays of one machine, and the facts of files on them.
+
+    ``facts`` are those of other files, those on overlays of this machine's own among them; ``known`` is that part of
+    them which is known of whatever lies on the tree's overlays themselves.
 
     The calls may come from any thread, but mounts are noted in one.
     """
 
     facts: FactsSource
+    known: FactsSource
     superblocks: Superblocks
+    _own_mounts: OwnMounts = field(factory=OwnMounts, init=False)
     _noted: dict[Options, Overlay] = field(factory=dict, init=False)
     _devices: dict[str, Overlay | None] = field(factory=dict, init=False)
 
@@ -143,24 +95,21 @@ class Overlays:
 
         Each time: when an overlay is gone, the next one may get its number.
         """
-        if any(entry.device == device for entry in mountinfo.of("self").values()):
-            self._devices[device] = None  # this machine's own: it was there before the tree, and nothing is known of it
+        if self._own_mounts.of_device(device) is not None:
+            self._devices[device] = None  # this machine's own: it was there before the tree
             return
         entry = self.superblocks.mount_of(pid, device)
-        options = None if entry is None else Options.parse(entry.options)
+        options = None if entry is None else Options.of(entry.options)
         found = None if options is None else self._noted.get(options)
         self._devices[device] = found or Overlay(why_not="its layers are not known")
 
     def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:
         """Return what holds for one file; see ``FactsSource``. NotJudgedError where its layer cannot be found."""
-        facts = self.facts.facts_of(place, st, open_file)
-        if place is None or self._devices.get(place.device) is None:
-            return facts
-        real = self.real(place, st)
+        real = None if place is None else self.real(place, st)
         if real is None:
-            return facts
-        of_layer = self.facts.facts_of(real.location, real.status, open_file)
-        return united(facts, evolve(of_layer, boot_verified=False))
+            return self.facts.facts_of(place, st, open_file)
+        of_layer = self.facts.facts_of(real.location, real.status, real.open_file)
+        return united(self.known.facts_of(place, st, open_file), evolve(of_layer, boot_verified=False))
 
     def real(self, place: Place, st: os.stat_result) -> Real | None:
         """Return the file of a layer behind a file at ``place`` with status ``st``; None if that is on no overlay.
@@ -179,7 +128,7 @@ def _real(overlay: Overlay, path: bytes, st: os.stat_result) -> Real:
         raise NotJudgedError(f"{name} on an overlay: {overlay.why_not}")
     for layer in overlay.layers:
         try:
-            fd = openat2.open_path(layer.fd, path.lstrip(b"/"), _WITHIN)
+            fd = openat2.open_path(layer.fd, path.lstrip(b"/"), WITHIN)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -189,17 +138,24 @@ def _real(overlay: Overlay, path: bytes, st: os.stat_result) -> Real:
         finally:
             os.close(fd)
         # The overlay shows the status of the layer's file, all but its numbers.
-        if _shown(status) != _shown(st):
+        if shown(status) != shown(st):
             break
         if layer.within is not None:
             return _real(layer.within, _joined(layer.location.path, path), status)
         location = evolve(layer.location, path=_joined(layer.location.path, path))
-        return Real(path, layer.superblock, location, status)
+        return Real(path, layer.superblock, location, status, _opening(layer.fd, path))
     raise NotJudgedError(f"{name} on an overlay: none of its layers has it, or it was deleted")
 
 
-def _shown(st: os.stat_result) -> tuple[int, ...]:
-    return stat.S_IFMT(st.st_mode), st.st_size, st.st_mtime_ns, st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)
+def _opening(layer: int, path: bytes) -> OpenFile:
+    def open_file() -> int:
+        fd = openat2.open_path(layer, path.lstrip(b"/"), WITHIN)
+        try:
+            return os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        finally:
+            os.close(fd)
+
+    return open_file
 
 
 def _joined(directory: bytes, path: bytes) -> bytes:

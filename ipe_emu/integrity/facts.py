@@ -22,7 +22,8 @@ class Digest:
 class Facts:
     """What holds for one file (kernel: ``struct ipe_eval_ctx``, security/ipe/eval.h).
 
-    The default says that nothing is known, which every property treats as false.
+    The default says that nothing is known, which every property treats as false. Where something may hold that could
+    not be found out, ``dmverity_in_doubt`` or ``fsverity_in_doubt`` says why, and the fields of that say nothing.
     """
 
     boot_verified: bool = False
@@ -30,6 +31,8 @@ class Facts:
     dmverity_signature: bool = False
     fsverity_digest: Digest | None = None
     fsverity_signature: bool = False
+    dmverity_in_doubt: str | None = None
+    fsverity_in_doubt: str | None = None
 
 
 NO_FACTS = Facts()

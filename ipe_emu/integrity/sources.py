@@ -67,7 +67,10 @@ class Combined:
 
 
 def united(facts: Facts, more: Facts) -> Facts:
-    """Return both; what the first knows of dm-verity, or of fs-verity, hides what the second does."""
+    """Return both; what the first knows of dm-verity, or of fs-verity, hides what the second does.
+
+    A doubt of one of them stays, unless the other one knows.
+    """
     if more is NO_FACTS:
         return facts
     if facts is NO_FACTS:
@@ -75,7 +78,17 @@ def united(facts: Facts, more: Facts) -> Facts:
     if more.boot_verified:
         facts = evolve(facts, boot_verified=True)
     if facts.dmverity_roothash is None:
-        facts = evolve(facts, dmverity_roothash=more.dmverity_roothash, dmverity_signature=more.dmverity_signature)
+        facts = evolve(
+            facts,
+            dmverity_roothash=more.dmverity_roothash,
+            dmverity_signature=more.dmverity_signature,
+            dmverity_in_doubt=None if more.dmverity_roothash else facts.dmverity_in_doubt or more.dmverity_in_doubt,
+        )
     if facts.fsverity_digest is None:
-        facts = evolve(facts, fsverity_digest=more.fsverity_digest, fsverity_signature=more.fsverity_signature)
+        facts = evolve(
+            facts,
+            fsverity_digest=more.fsverity_digest,
+            fsverity_signature=more.fsverity_signature,
+            fsverity_in_doubt=None if more.fsverity_digest else facts.fsverity_in_doubt or more.fsverity_in_doubt,
+        )
     return facts

@@ -10,6 +10,7 @@ from typing import Final
 from attrs import frozen
 
 _CONTROL: Final = "/dev/mapper/control"
+_BLOCK_DEVICES: Final = Path("/sys/block")
 #: _IOWR(0xfd, 12, struct dm_ioctl)
 _DM_TABLE_STATUS: Final = 0xC138FD0C
 _STATUS_TABLE_FLAG: Final = 1 << 4
@@ -53,6 +54,18 @@ def verity_table(device: str) -> str | None:
         raise PermissionError(error.errno, error.strerror) from None
     # It has no other beside it (DM_TARGET_SINGLETON).
     return targets[0].parameters if len(targets) == 1 and targets[0].kind == "verity" else None
+
+
+def may_have_verity() -> bool:
+    """Whether this machine may have a dm-verity device: False only where it is certain to have none."""
+    try:
+        if "device-mapper" not in Path("/proc/devices").read_text().split():
+            return False
+        # Where sysfs is not mounted there is no such directory.
+        mapped = [(entry / "dev").read_text().strip() for entry in _BLOCK_DEVICES.iterdir() if (entry / "dm").exists()]
+        return any(verity_table(device) is not None for device in mapped)
+    except OSError:
+        return True
 
 
 def is_device_mapper(device: str) -> bool:

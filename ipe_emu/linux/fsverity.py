@@ -16,6 +16,9 @@ FS_IOC_READ_VERITY_METADATA: Final = 0xC0286687
 #: _IOR('f', 1, long), though it is an int that is written.
 FS_IOC_GETFLAGS: Final = 0x80086601
 
+_FILE_SYSTEMS: Final = Path("/sys/fs")
+_SYSCTLS: Final = Path("/proc/sys/fs/verity")
+
 FS_IMMUTABLE_FL: Final = 0x10
 FS_APPEND_FL: Final = 0x20
 FS_VERITY_FL: Final = 0x100000
@@ -30,6 +33,18 @@ DIGEST_HEADER: Final = struct.Struct("=HH")
 READ_METADATA_ARG: Final = struct.Struct("=QQQQQ")
 _MAX_DIGEST_SIZE: Final = 64
 _INT: Final = struct.Struct("=i")
+
+
+def may_have_seals() -> bool:
+    """Whether a file system of this machine may have sealed files: False only where that is certain.
+
+    The file systems that can have them say so if the kernel has fs-verity, as soon as the first of them is mounted.
+    """
+    try:
+        names = {entry.name for entry in _FILE_SYSTEMS.iterdir()}
+    except OSError:
+        return True
+    return _SYSCTLS.exists() or any((_FILE_SYSTEMS / name / "features" / "verity").exists() for name in names)
 
 
 def measure_verity(fd: int) -> tuple[int, bytes]:

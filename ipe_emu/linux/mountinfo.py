@@ -4,7 +4,9 @@ import errno
 import functools
 import os
 import re
+import select
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +34,7 @@ class MountEntry:
     kind: str
     source: bytes
     #: Those of the superblock, as its file system shows them.
-    options: bytes = b""
+    options: tuple[bytes, ...] = ()
 
     @property
     def superblock_name(self) -> str:
@@ -73,6 +75,35 @@ class Location:
 def of(pid: int | str) -> Mapping[int, MountEntry]:
     """Return the mounts that a process sees, by their ids."""
     return _parse(procfs.read(pid, "mountinfo"))
+
+
+@define(eq=False)
+class OwnMounts:
+    """The mounts that this process sees, for any thread of it. They are read again only when they have changed."""
+
+    _fd: int | None = field(default=None, init=False)
+    _changed: select.poll = field(factory=select.poll, init=False)
+    _by_device: Mapping[str, MountEntry] = field(factory=dict, init=False)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False)
+
+    def of_device(self, device: str) -> MountEntry | None:
+        """Return a mount of the file system with a device number (``major:minor``), the same one as long as it lasts.
+
+        None if this process sees none.
+        """
+        with self._lock:
+            if self._fd is None:
+                self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._fd)
+                # Until it is polled, a change since it was opened is one (``mounts_poll()``).
+                self._changed.register(self._fd, select.POLLPRI)
+                self._read()
+            elif self._changed.poll(0):
+                self._read()
+            return self._by_device.get(device)
+
+    def _read(self) -> None:
+        self._by_device = {mount.device: mount for mount in of("self").values()}
 
 
 @define(eq=False)
@@ -211,7 +242,8 @@ def _parse(mountinfo: bytes) -> Mapping[int, MountEntry]:
             _unescaped(point),
             os.fsdecode(kind),
             _unescaped(source),
-            _unescaped(options[0]) if options else b"",
+            # Apart first: a comma within one is escaped (``seq_show_option()``).
+            tuple(map(_unescaped, options[0].split(b","))) if options else (),
         )
     return MappingProxyType(entries)
 

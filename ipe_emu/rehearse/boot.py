@@ -180,7 +180,7 @@ class _Rehearsal:
     _switched: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.known = Overlays(self.facts, self.superblocks)
+        self.known = Overlays(self.facts, self.facts, self.superblocks)
         self.power = Power(self._end)
         self.console.on_log = lambda line: self._log(_LEVEL.sub("", line))
         self.console.on_sysrq = self.power.sysrq

@@ -48,7 +48,7 @@ class Known:
         if self.seals is None or facts.fsverity_digest is not None:
             return facts
         digest = self._digest(fd, st, self.seals.algorithm) if self.seals.measured else None
-        return evolve(facts, fsverity_digest=digest, fsverity_signature=self.seals.signed)
+        return evolve(facts, fsverity_digest=digest, fsverity_signature=self.seals.signed, fsverity_in_doubt=None)
 
     def _digest(self, fd: int, st: os.stat_result, algorithm: str) -> Digest:
         key = (st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)

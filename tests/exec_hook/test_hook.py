@@ -105,6 +105,22 @@ def test_copying_as_the_kernel_does(inside: Rehearsal, case: str) -> None:
     assert inside.run(code) == expected
 
 
+def test_a_doubt_that_a_rule_asks_about(inside: Rehearsal) -> None:
+    """The call fails, without a record; where no rule asks, it is judged as ever."""
+    code = """
+        result = outcome(lambda: os.posix_spawn("/bin/busybox", ["busybox", "true"], {}))
+    """
+    inside.facts.devices[inside.device_of("/bin/busybox")] = Facts(dmverity_in_doubt="nobody knows")
+    inside.policy("DEFAULT action=ALLOW\nop=EXECUTE dmverity_signature=TRUE action=DENY\n")
+    assert inside.run(code) == {"error": "EPERM"}
+    ((call, reason),) = inside.notes.unjudged
+    assert (call, inside.records) == ("execve", [])
+    assert reason == "nobody knows; and a rule asks for it: op=EXECUTE dmverity_signature=TRUE action=DENY"
+    inside.policy(ALLOW_ALL)
+    assert inside.run(code) == {"ok": 0}
+    assert not inside.notes.unjudged
+
+
 def test_copying_elsewhere(inside: Rehearsal) -> None:
     result = inside.run(COPY, origin="/run/from", target="/run/to")
     assert result == [OK, OK, OK, OK, EBADF, EBADF]

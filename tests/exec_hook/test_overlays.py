@@ -7,31 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ipe_emu.exec_hook.overlays import Options
 from ipe_emu.volumes.recognise import Kind
 from tests.exec_hook.running import Runner, runner
 from tests.volumes.images import Volume, make_volume
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
-
-
-@pytest.mark.parametrize(
-    ("data", "options"),
-    [
-        (b"lowerdir=/a:/b,upperdir=/u,workdir=/w", Options(b"/u", (b"/a", b"/b"))),
-        (b"ro,lowerdir=a,userxattr", Options(None, (b"a",))),
-        (rb"lowerdir=/a\:b:/c\,d:/e\\f", Options(None, (b"/a:b", b"/c,d", rb"/e\f"))),
-        (rb"upperdir=/u\,v:w,lowerdir=/a", Options(b"/u,v:w", (b"/a",))),
-        (b"lowerdir=/a,lowerdir=/b", Options(None, (b"/b",))),
-        (b"upperdir=/u", None),
-        (b"lowerdir=", None),
-        (b"lowerdir=/a::/data", None),
-        (b"lowerdir+=/a", None),
-        (b"", None),
-    ],
-)
-def test_the_options_of_mount(data: bytes, options: Options | None) -> None:
-    assert Options.parse(data) == options
 
 
 @pytest.fixture(scope="module")

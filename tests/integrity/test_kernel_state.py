@@ -4,6 +4,7 @@ No machine that tests run on need have fs-verity or device-mapper: answers stand
 Where it has, the last tests ask it.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -32,10 +33,40 @@ PLACE = Location("254:0", b"/bin/x", b"/", "ext4")
 
 
 @define
+class Layer:
+    """The file of a layer, sealed or not."""
+
+    location: Location
+    status: os.stat_result
+
+    def open(self) -> int:
+        return os.open(b"/proc/self/fd/0", os.O_RDONLY)  # whatever it is: the kernel's answer counts
+
+
+@define
+class Overlay:
+    """An overlay, and what is found in its layers."""
+
+    layer: Location | None = None
+    on_verity: bool = False
+    some_seals: bool = True
+    separate_data: bool = False
+
+    def may_lie_on_verity(self, st: os.stat_result) -> bool:
+        return self.on_verity
+
+    @contextlib.contextmanager
+    def layer_file(self, path: bytes, st: os.stat_result) -> Iterator[Layer | None]:
+        yield None if self.layer is None else Layer(self.layer, st)
+
+
+@define
 class Kernel:
     measured: Digest | int = errno.ENODATA
     signature: bytes = b""
     table: str | type[Exception] | None = None
+    sealed: bool = False
+    of_device: Overlay | None = None
     asked: list[str] = field(factory=list)
 
     def measure_verity(self, fd: int) -> tuple[int, bytes]:
@@ -46,6 +77,12 @@ class Kernel:
 
     def read_signature(self, fd: int, limit: int) -> bytes:
         return self.signature[:limit]
+
+    def is_sealed(self, fd: int) -> bool:
+        return self.sealed
+
+    def overlay(self, device: str) -> Overlay | None:
+        return self.of_device
 
     def verity_table(self, device: str) -> str | None:
         self.asked.append(device)
@@ -111,7 +148,7 @@ def test_a_file_system_without_fs_verity_is_asked_once(file: Path, number: int) 
     assert kernel.asked.count("measure") == 1
 
 
-@pytest.mark.parametrize("kind", ["fuse", "fuse.squashfuse", "fuseblk", "overlay", "tmpfs", ""])
+@pytest.mark.parametrize("kind", ["fuse", "fuse.squashfuse", "fuseblk", "tmpfs", ""])
 def test_who_serves_a_file_system_cannot_say_that_files_are_sealed(file: Path, kind: str) -> None:
     kernel = Kernel(DIGEST)
     assert ask(kernel, file, place=evolve(PLACE, kind=kind)) is NO_FACTS
@@ -135,13 +172,22 @@ def test_both(file: Path) -> None:
     assert ask(Kernel(DIGEST, table=TABLE), file) == both
 
 
+def test_a_verity_device_with_a_signature_that_others_verified(file: Path) -> None:
+    with pytest.raises(NotJudgedError, match="declare it"):
+        ask(Kernel(table=SIGNED_TABLE), file)
+
+
 @pytest.mark.parametrize(
-    ("table", "reason"),
-    [(PermissionError, "run as root, or declare it"), (SIGNED_TABLE, "declare it"), ("1 2 3", "is not understood")],
+    ("table", "reason"), [(PermissionError, "run as root, or declare it"), ("1 2 3", "is not understood")]
 )
-def test_what_is_certain_only_where_it_is_declared(file: Path, table: "str | type[Exception]", reason: str) -> None:
-    with pytest.raises(NotJudgedError, match=reason):
-        ask(Kernel(table=table), file)
+def test_a_verity_device_whose_root_hash_is_not_known(file: Path, table: "str | type[Exception]", reason: str) -> None:
+    facts = ask(Kernel(table=table), file)
+    assert reason in (facts.dmverity_in_doubt or "")
+    assert evolve(facts, dmverity_in_doubt=None) == NO_FACTS
+
+
+@pytest.mark.parametrize("table", [PermissionError, SIGNED_TABLE, "1 2 3"])
+def test_what_is_certain_only_where_it_is_declared(file: Path, table: "str | type[Exception]") -> None:
     declared = Facts(dmverity_roothash=ROOT_HASH, dmverity_signature=True)
     kernel = Kernel(table=table)
     assert ask(kernel, file, known=Known(declared)) == declared
@@ -153,6 +199,47 @@ def test_a_declared_digest_goes_first(file: Path) -> None:
     kernel = Kernel(DIGEST)
     assert ask(kernel, file, known=Known(declared)) == declared
     assert kernel.asked == ["254:0"]
+
+
+# -- overlays that were there before ----------------------------------------------------------------------------------
+
+ON_OVERLAY = Location("0:57", b"/bin/x", b"/", "overlay")
+
+
+def ask_overlay(overlay: Overlay | None, kernel: Kernel, file: Path, known: Facts = NO_FACTS) -> Facts:
+    kernel.of_device = overlay
+    return ask(kernel, file, place=ON_OVERLAY, known=Known(known))
+
+
+def in_doubt(facts: Facts) -> tuple[bool, bool]:
+    assert not facts.dmverity_roothash
+    assert not facts.fsverity_digest
+    return facts.dmverity_in_doubt is not None, facts.fsverity_in_doubt is not None
+
+
+def test_where_no_layer_can_have_facts_none_is_looked_for(file: Path) -> None:
+    assert ask_overlay(Overlay(PLACE), Kernel(DIGEST, table=TABLE), file) is NO_FACTS
+    assert ask_overlay(Overlay(separate_data=True, some_seals=False), Kernel(DIGEST), file) is NO_FACTS
+
+
+def test_the_file_of_the_layer_counts(file: Path) -> None:
+    sealed, on_verity = Facts(fsverity_digest=DIGEST), Facts(dmverity_roothash=ROOT_HASH)
+    assert ask_overlay(Overlay(PLACE), Kernel(DIGEST, sealed=True), file) == sealed
+    assert ask_overlay(Overlay(PLACE, on_verity=True), Kernel(table=TABLE), file) == on_verity
+    booted = Facts(boot_verified=True)
+    assert ask_overlay(Overlay(PLACE, on_verity=True), Kernel(), file, booted) == booted
+    assert ask_overlay(Overlay(PLACE, on_verity=True), Kernel(table=PermissionError), file).dmverity_in_doubt
+
+
+def test_what_the_layers_do_not_tell_is_in_doubt(file: Path) -> None:
+    assert in_doubt(ask_overlay(None, Kernel(), file)) == (True, True)
+    assert in_doubt(ask_overlay(Overlay(on_verity=True), Kernel(), file)) == (True, False)
+    assert in_doubt(ask_overlay(Overlay(), Kernel(sealed=True), file)) == (False, True)
+    assert in_doubt(ask_overlay(Overlay(separate_data=True), Kernel(), file)) == (False, True)
+    declared = Facts(dmverity_roothash=ROOT_HASH)
+    of_file = ask_overlay(Overlay(on_verity=True), Kernel(sealed=True), file, declared)
+    assert evolve(of_file, fsverity_in_doubt=None) == declared
+    assert of_file.fsverity_in_doubt
 
 
 def test_this_machine_itself(file: Path) -> None:

@@ -9,6 +9,7 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipe_emu.errors import NotJudgedError
 from ipe_emu.integrity.facts import NO_FACTS, Digest, Facts
 from ipe_emu.policy.evaluate import Match, Verdict, evaluate, holds
 from ipe_emu.policy.explain import explain, in_words, why_it_failed
@@ -50,6 +51,59 @@ def test_index_is_exact(policy: Policy, several: list[Facts]) -> None:
             expected = naive(policy, operation, facts)
             assert verdict == expected
             assert verdict.rule is expected.rule  # the first of several equal ones
+
+
+@settings(max_examples=400)
+@given(crowded, strategies.facts, st.lists(strategies.facts, min_size=1, max_size=8), st.booleans(), st.booleans())
+def test_what_is_decided_in_doubt_is_so_whatever_holds(
+    policy: Policy, known: Facts, several: list[Facts], dmverity: bool, fsverity: bool
+) -> None:
+    index = RuleIndex(policy)
+    doubtful = known
+    if dmverity:
+        doubtful = evolve(doubtful, dmverity_roothash=None, dmverity_signature=False, dmverity_in_doubt="dm")
+    if fsverity:
+        doubtful = evolve(doubtful, fsverity_digest=None, fsverity_signature=False, fsverity_in_doubt="fs")
+    for operation in (Operation.EXECUTE, Operation.POLICY, Operation.KMODULE):
+        asked = {
+            prop.type.value[:2] for rule in policy.rules if rule.operation is operation for prop in rule.properties
+        }
+        try:
+            verdict = evaluate(index, operation, doubtful)
+        except NotJudgedError:
+            assert (dmverity and "dm" in asked) or (fsverity and "fs" in asked)
+            continue
+        for real in several:
+            facts = known
+            if dmverity:
+                roothash, signed = real.dmverity_roothash, real.dmverity_signature
+                facts = evolve(facts, dmverity_roothash=roothash, dmverity_signature=signed)
+            if fsverity:
+                digest, signed = real.fsverity_digest, real.fsverity_signature
+                facts = evolve(facts, fsverity_digest=digest, fsverity_signature=signed)
+            assert naive(policy, operation, facts) == verdict
+
+
+@pytest.mark.parametrize(
+    ("rules", "judged"),
+    [
+        ("op=EXECUTE boot_verified=TRUE action=ALLOW\nop=EXECUTE dmverity_signature=FALSE action=DENY", True),
+        ("op=EXECUTE boot_verified=FALSE dmverity_signature=FALSE action=ALLOW", True),
+        ("op=EXECUTE fsverity_signature=FALSE action=ALLOW", True),
+        ("op=KMODULE dmverity_signature=FALSE action=ALLOW", True),
+        ("op=EXECUTE dmverity_signature=FALSE action=ALLOW\nop=EXECUTE boot_verified=TRUE action=ALLOW", False),
+        ("op=EXECUTE dmverity_roothash=sha256:00 action=DENY", False),
+        ("op=EXECUTE boot_verified=TRUE dmverity_signature=TRUE action=ALLOW", False),
+    ],
+)
+def test_only_a_rule_that_asks_for_it_makes_a_doubt_matter(rules: str, judged: bool) -> None:
+    index = RuleIndex(parse_policy(HEADER + b"DEFAULT action=ALLOW\n" + rules.encode() + b"\n"))
+    facts = Facts(boot_verified=True, dmverity_in_doubt="nobody knows")
+    if judged:
+        assert evaluate(index, Operation.EXECUTE, facts).action is Action.ALLOW
+    else:
+        with pytest.raises(NotJudgedError, match="nobody knows; and a rule asks for it: op=EXECUTE"):
+            evaluate(index, Operation.EXECUTE, facts)
 
 
 @given(strategies.policies(), strategies.operations, strategies.facts)

@@ -136,6 +136,8 @@ def test_a_remote_judge_decides_as_the_emulator(emulator: Emulator, connection: 
 def test_every_fact_travels() -> None:
     facts = Facts(True, Digest("sha256", b"\1" * 32), True, Digest("sha512", b"\2" * 64), True)
     assert wire.facts_in(json.loads(json.dumps(wire.facts_out(facts)))) == facts
+    doubtful = Facts(dmverity_in_doubt="nobody knows", fsverity_in_doubt="")
+    assert wire.facts_in(json.loads(json.dumps(wire.facts_out(doubtful)))) == doubtful
     assert wire.facts_in({"boot_verified": 1, "fsverity_signature": "yes"}) == Facts()
     status = Path("/").stat()
     assert wire.stat_out(wire.stat_in(wire.stat_out(status))) == wire.stat_out(status)
