@@ -124,6 +124,7 @@ def _volumes(args: argparse.Namespace, *, signed: bool) -> "list[VerifiedImage]"
         if image.hides_errors:
             with progress_bar("verifying", image.size) as progress:
                 image.verify(jobs=JOBS, progress=progress)
+        image.find_seals()
     return images
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ipe_emu.keyring import Keyrings
     from ipe_emu.simulate.known import Known
     from ipe_emu.simulate.tree import Tree
+    from ipe_emu.volumes.ext4_seals import SealedFiles
 
 _ROOT_HASH: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}:(?:[0-9a-f]{2}){1,64}", re.ASCII)
 _OF_IMAGES: Final = (
@@ -53,8 +54,8 @@ def add_facts_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def opened_tree(args: argparse.Namespace) -> "Iterator[tuple[Tree, Digest | None]]":
-    """Open the tree, and give the root hash of its volume, if it is on one.
+def opened_tree(args: argparse.Namespace) -> "Iterator[tuple[Tree, Digest | None, SealedFiles | None]]":
+    """Open the tree, and give the root hash of its volume, if it is on one, and what is sealed in it, if that is ext4.
 
     UserError for options that contradict each other, and for a tree that is none.
     """
@@ -66,13 +67,16 @@ def opened_tree(args: argparse.Namespace) -> "Iterator[tuple[Tree, Digest | None
                 if getattr(args, name, None) is not None:
                     raise UserError(f"--{name.replace('_', '-')}: is for an image, and {escape(args.tree)} is none")
             directory, root_hash = args.tree, None if args.roothash is None else _given(args.roothash)
+            seals = None
         else:
-            directory, root_hash = stack.enter_context(_opened_image(args))
+            directory, root_hash, seals = stack.enter_context(_opened_image(args))
         tree = stack.enter_context(open_tree(directory))
+        if seals is not None:
+            seals.check_numbers(os.fstat(tree.fd).st_ino)
         if tree.mounts:
             where = ", ".join(map(escape, tree.mounts))
             say(f"other file systems are mounted in {escape(args.tree)}, and not looked at: {where}")
-        yield tree, root_hash
+        yield tree, root_hash, seals
 
 
 @contextmanager
@@ -83,8 +87,10 @@ def known_tree(args: argparse.Namespace, profile: Profile, *, measured: bool) ->
     """
     from ipe_emu.cli.verity.images import JOBS
     from ipe_emu.integrity.kernel_state import KernelState
+    from ipe_emu.integrity.sources import Combined
     from ipe_emu.linux.verity_state import VerityState
     from ipe_emu.simulate.known import Known, Seals
+    from ipe_emu.volumes.ext4_seals import ImageSeals
 
     is_image = not os.path.isdir(args.tree)  # noqa: PTH112 - as the user wrote it
     if args.signed and args.roothash is None and not is_image:
@@ -93,7 +99,9 @@ def known_tree(args: argparse.Namespace, profile: Profile, *, measured: bool) ->
         raise UserError("--fsverity-signed: says that files are sealed with a signature, and they are not (--fsverity)")
     if is_image and (args.integrity or args.boot_verified):
         raise UserError("--integrity and --boot-verified name files of this machine, and none that is in an image")
-    with opened_tree(args) as (tree, root_hash):
+    with opened_tree(args) as (tree, root_hash, in_image):
+        if measured and args.fsverity is None and not args.integrity and not (in_image and in_image.by_inode):
+            say("the policy names fs-verity digests, and no file counts as sealed (--fsverity sha256 says so)")
         signed = args.signed
         if root_hash is not None and args.root_hash_signature is not None:
             from ipe_emu.cli.verity.dm_verify import verify_signature
@@ -103,8 +111,12 @@ def known_tree(args: argparse.Namespace, profile: Profile, *, measured: bool) ->
         facts = Facts(dmverity_roothash=root_hash, dmverity_signature=signed)
         volumes = [] if root_hash is None else [(tree.path, facts)]
         seals = None if args.fsverity is None else Seals(args.fsverity, args.fsverity_signed, measured)
+        verify = _verifier(args, profile)
+        of_image = ImageSeals(verify)
+        if in_image is not None:
+            of_image.by_device[tree.location.device] = in_image
         # As for `run`: what this machine's kernel vouches for, where nothing else is said.
-        source = KernelState(declared_of(args, volumes), VerityState(), _verifier(args, profile))
+        source = KernelState(Combined([of_image, declared_of(args, volumes)]), VerityState(), verify)
         yield Known(tree, source, seals, jobs=JOBS)
 
 
@@ -131,10 +143,11 @@ def _given(text: str) -> Digest:
 
 
 @contextmanager
-def _opened_image(args: argparse.Namespace) -> Iterator[tuple[str, Digest]]:
+def _opened_image(args: argparse.Namespace) -> "Iterator[tuple[str, Digest, SealedFiles | None]]":
     from ipe_emu.cli.verity.images import naming, opened
     from ipe_emu.simulate.image import mounted
-    from ipe_emu.volumes.recognise import check_mountable, recognise
+    from ipe_emu.volumes.ext4_seals import SealedFiles
+    from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
 
     with opened(args.tree) as fd:
         parameters, root_hash = _root_hash(args, fd)
@@ -146,10 +159,11 @@ def _opened_image(args: argparse.Namespace) -> Iterator[tuple[str, Digest]]:
             kind = recognise(read, parameters.data_size)
             check_mountable(kind, read, parameters.data_size, parameters.data_block_size)
             say(f"{escape(args.tree)}: {kind.value}, root hash {root_hash}")
+            seals = SealedFiles.find(read, parameters.data_size) if kind is Kind.EXT4 else None
         with ExitStack() as stack:
             with naming(args.tree):
                 directory = stack.enter_context(mounted(kind, fd, parameters.data_size))
-            yield str(directory), root_hash
+            yield str(directory), root_hash, seals
 
 
 def _root_hash(args: argparse.Namespace, fd: int) -> "tuple[Parameters, Digest]":

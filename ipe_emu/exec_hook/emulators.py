@@ -29,6 +29,7 @@ from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.linux.verity_state import VerityState
 from ipe_emu.lsm import Ipe, UpstreamRefusal
+from ipe_emu.volumes.ext4_seals import ImageSeals
 from ipe_emu.volumes.facts import VolumeFacts
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class OwnEmulator:
     sealable: Sequence[Place] = ()
     dm_verity_unsealed: bool = False
     _sealing: Sealing = field(init=False)
+    _seals_of_images: ImageSeals = field(init=False)
     _keyctl: Keyctl = field(factory=Keyctl, init=False)
     _ipe: Ipe | None = field(default=None, init=False)
     _server: SecurityFsServer | None = field(default=None, init=False)
@@ -100,7 +102,9 @@ class OwnEmulator:
     _helpers: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._sealing = Sealing(Seals(InodeWatch()), self.sealable, self._verify_fsverity)
+        self._seals_of_images = ImageSeals(self._verify_fsverity)
+        images = self._seals_of_images if self.images else None
+        self._sealing = Sealing(Seals(InodeWatch()), self.sealable, self._verify_fsverity, images)
 
     @property
     def securityfs(self) -> Path | None:
@@ -124,7 +128,8 @@ class OwnEmulator:
         self._ipe = self.make_ipe()
         of_volumes = VolumeFacts()
         # A declared volume's facts hold on the mount that the sandbox made of it.
-        known = Combined([*([of_volumes] if self.images else []), self.facts.in_sandbox(), self._sealing.seals])
+        of_images: list[FactsSource] = [of_volumes, self._seals_of_images] if self.images else []
+        known = Combined([*of_images, self.facts.in_sandbox(), self._sealing.seals])
         of_kernel = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
         self._known = Overlays(of_kernel, known, self.superblocks)
         fuse, surroundings = sandbox.fuse()
@@ -136,11 +141,15 @@ class OwnEmulator:
         self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images, texts))
         for name, image in self.images.items():
             try:
-                device, helper = sandbox.volume()
+                device, root, helper = sandbox.volume()
             except UserError as error:
                 raise UserError(f"{image.specification.image}: {error}") from None
             of_volumes.add(device, image.facts)
-            self.superblocks.names[f"{os.major(device)}:{os.minor(device)}"] = name
+            number = f"{os.major(device)}:{os.minor(device)}"
+            self.superblocks.names[number] = name
+            if image.seals is not None:
+                image.seals.check_numbers(root)
+                self._seals_of_images.by_device[number] = image.seals
             if helper is not None:
                 self._helpers[name] = helper
 

@@ -120,15 +120,15 @@ class Sandbox:
         values = message.values
         return Fuse(*message.fds), Surroundings(values["user_namespace"], self._root, values["device"])
 
-    def volume(self) -> tuple[int, int | None]:
-        """Wait for the next volume; return its st_dev, and a pidfd of the program that serves it, if there is one.
+    def volume(self) -> tuple[int, int, int | None]:
+        """Wait for the next volume; return its root's st_dev and st_ino, and a pidfd of the program that serves it.
 
         UserError if its file system cannot be mounted.
         """
         message = self.expect("volume", "unmountable")
         if message.kind == "unmountable":
             raise UserError(f"cannot be mounted: {message.values['why']}")
-        return message.values["device"], message.fds[0] if message.fds else None
+        return message.values["device"], message.values["inode"], message.fds[0] if message.fds else None
 
     def surroundings(self) -> Surroundings:
         """Wait until everything is mounted."""

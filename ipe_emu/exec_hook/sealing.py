@@ -11,9 +11,9 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
-from attrs import define
+from attrs import define, frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.exec_hook.caller import Caller, path_of
@@ -29,6 +29,7 @@ from ipe_emu.integrity.sources import Place
 from ipe_emu.linux import fsverity, openat2
 from ipe_emu.linux.seccomp import AnyBit, Masked
 from ipe_emu.linux.syscalls import AT_FDCWD, signed_int
+from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
 
 # struct fsverity_enable_arg: version, hash_algorithm, block_size, salt_size, salt_ptr, sig_size, __reserved1, sig_ptr,
 # __reserved2[11].
@@ -49,23 +50,28 @@ class Sealing:
     """``places`` are the directories that stand for file systems with fs-verity.
 
     ``verify`` raises KernelError unless the emulated machine's keyring ``.fs-verity`` of the moment verifies the
-    builtin signature of a digest.
+    builtin signature of a digest. ``images`` knows the files that are sealed in ext4 images, if some can be mounted:
+    read-only, so that nothing is sealed there.
     """
 
     seals: Seals
     places: Sequence[Place]
     verify: Callable[[Digest, bytes], None]
+    images: ImageSeals | None = None
 
     @property
     def traps(self) -> tuple[Trap, ...]:
-        """The calls that must be seen. Without ``places`` that is sealing alone, which then is at most reported."""
+        """The calls that must be seen. Without ``places`` and ``images`` that is sealing, which is at most reported."""
         enable = _ioctl(fsverity.FS_IOC_ENABLE_VERITY, self._plan_enable)
-        if not self.places:
-            return (enable,)
-        return (
-            enable,
+        asking = (
             _ioctl(fsverity.FS_IOC_MEASURE_VERITY, self._plan_measure),
             _ioctl(fsverity.FS_IOC_READ_VERITY_METADATA, self._plan_read_metadata),
+        )
+        if not self.places:
+            return (enable,) if self.images is None else (enable, *asking)
+        return (
+            enable,
+            *asking,
             _ioctl(fsverity.FS_IOC_GETFLAGS, self._plan_getflags),
             Trap("open", self._plan_open, AnyBit(1, _ACCESS_BITS | os.O_TRUNC)),
             Trap("openat", self._plan_openat, AnyBit(2, _ACCESS_BITS | os.O_TRUNC)),
@@ -83,6 +89,9 @@ class Sealing:
         number, fd = _descriptor(caller, args)
         if not _has_own_ioctls(os.fstat(fd)):
             return None
+        image = self._image_of(caller, fd)
+        if image is not None:
+            return Plan(Perform(lambda: _enable_in_image(caller, image, args[2])))
         if not self._covers(caller, fd):
             return self._elsewhere(caller, fd, args[2])
         return Plan(Perform(lambda: self._enable(caller, number, fd, args[2])))
@@ -104,13 +113,7 @@ class Sealing:
         return None
 
     def _enable(self, caller: Caller, number: int, fd: int, address: int) -> int:
-        version, algorithm, block_size, salt_size, salt_at, signature_size, reserved, signature_at, more = (
-            _ENABLE_ARG.unpack(caller.copy_in(address, _ENABLE_ARG.size))
-        )
-        if version != 1 or reserved or any(more) or block_size.bit_count() != 1:
-            raise _error(errno.EINVAL, "the argument is malformed, or of another version")
-        if salt_size > MAX_SALT_SIZE or signature_size > MAX_SIGNATURE_SIZE:
-            raise _error(errno.EMSGSIZE, "the salt or the signature is too long")
+        argument = _Argument.read(caller, address)
         st = os.fstat(fd)
         _may_write(caller, st, fd)
         if not caller.may_read(number):
@@ -122,9 +125,9 @@ class Sealing:
         if _is_read_only(fd):
             raise KernelError(errno.EROFS, "a read-only mount", "mnt_want_write_file")
         deny_write_access(fd_for_ioctl, certain=True)
-        salt = caller.copy_in(salt_at, salt_size)
-        signature = caller.copy_in(signature_at, signature_size)
-        parameters = _parameters(algorithm, block_size, salt, st)
+        salt = caller.copy_in(argument.salt_at, argument.salt_size)
+        signature = caller.copy_in(argument.signature_at, argument.signature_size)
+        parameters = _parameters(argument.algorithm, argument.block_size, salt, st)
         if self.seals.of(st) is not None or caller.file(fd).facts.fsverity_digest is not None:
             raise KernelError(errno.EEXIST, "the file is sealed already", "enable_verity")
         self._seal(fd_for_ioctl, parameters, signature)
@@ -182,8 +185,17 @@ class Sealing:
         """Return a file's seal; None for one whose file system is to answer itself."""
         st = os.fstat(fd)
         seal = self.seals.of(st)
-        if seal is not None or not _has_own_ioctls(st) or not self._covers(caller, fd):
+        if seal is not None or not _has_own_ioctls(st):
             return seal
+        image = self._image_of(caller, fd)
+        if image is not None:
+            _check_feature(image)
+            seal = image.of(st)
+            if seal is None:
+                raise KernelError(errno.ENODATA, "the file is not sealed", "fsverity_ioctl_measure")
+            return seal
+        if not self._covers(caller, fd):
+            return None
         if digests.sealed_digest(caller.readable(fd), fsverity.measure_verity) is None:
             raise KernelError(errno.ENODATA, "the file is not sealed", "fsverity_ioctl_measure")
         return None
@@ -246,9 +258,48 @@ class Sealing:
         # A program that runs would be ETXTBSY on a kernel; it cannot be written either way.
         raise KernelError(errno.EPERM, f"{_name(fd)} is sealed by fs-verity", "fsverity_file_open")
 
+    def _image_of(self, caller: Caller, fd: int) -> SealedFiles | None:
+        return None if self.images is None else self.images.image_of(caller.place(fd))
+
     def _covers(self, caller: Caller, fd: int) -> bool:
         place = caller.place(fd) if self.places else None
         return place is not None and any(_is_below(directory, place) for directory in self.places)
+
+
+@frozen
+class _Argument:
+    """struct fsverity_enable_arg, as far as it says something."""
+
+    algorithm: int
+    block_size: int
+    salt_size: int
+    salt_at: int
+    signature_size: int
+    signature_at: int
+
+    @classmethod
+    def read(cls, caller: Caller, address: int) -> "_Argument":
+        """Read it; KernelError as ``fsverity_ioctl_enable()`` before it looks at the file."""
+        version, algorithm, block_size, salt_size, salt_at, signature_size, reserved, signature_at, more = (
+            _ENABLE_ARG.unpack(caller.copy_in(address, _ENABLE_ARG.size))
+        )
+        if version != 1 or reserved or any(more) or block_size.bit_count() != 1:
+            raise _error(errno.EINVAL, "the argument is malformed, or of another version")
+        if salt_size > MAX_SALT_SIZE or signature_size > MAX_SIGNATURE_SIZE:
+            raise _error(errno.EMSGSIZE, "the salt or the signature is too long")
+        return cls(algorithm, block_size, salt_size, salt_at, signature_size, signature_at)
+
+
+def _enable_in_image(caller: Caller, image: SealedFiles, address: int) -> NoReturn:
+    """Answer FS_IOC_ENABLE_VERITY for a file of an ext4 image, which is mounted read-only."""
+    _check_feature(image)
+    _Argument.read(caller, address)
+    raise KernelError(errno.EROFS, "a read-only file system", "sb_permission")
+
+
+def _check_feature(image: SealedFiles) -> None:
+    if not image.file_system.has_verity:
+        raise KernelError(errno.EOPNOTSUPP, "the file system was made without the feature verity", "ext4_ioctl")
 
 
 def _plan_io_uring(caller: Caller, args: tuple[int, ...]) -> Plan:  # noqa: ARG001 - a handler's arguments

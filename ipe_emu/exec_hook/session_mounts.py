@@ -56,14 +56,15 @@ class Prepared:
     def attach(self, channel: Channel) -> None:
         """Attach all but ``keys``.
 
-        Sends ``volume`` for each volume: its st_dev, and a pidfd of the program that serves it.
+        Sends ``volume`` for each volume: its root's st_dev and st_ino, and a pidfd of the program that serves it.
         """
         mounts.attach(self.securityfs, SECURITYFS)
         os.close(self.securityfs)
         for volume, mounted in self.volumes:
             mounts.attach(mounted.mount, volume.directory)
             fds = [] if mounted.helper is None else [mounted.helper]
-            channel.send("volume", {"device": os.fstat(mounted.mount).st_dev}, fds)
+            root = os.fstat(mounted.mount)
+            channel.send("volume", {"device": root.st_dev, "inode": root.st_ino}, fds)
             for fd in (mounted.mount, *fds):
                 os.close(fd)
 

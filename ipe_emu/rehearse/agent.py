@@ -212,7 +212,7 @@ class _Server:
         furnishing.furnish(Path(values["root"]), values["steps"], self._as_machine_root)
 
     def mount_image(self, values: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Mount the image ``fds[0]`` on a new staged directory; return its device number."""
+        """Mount the image ``fds[0]`` on a new staged directory; return the numbers of its device and its root."""
         place = Path(values["path"])
         place.mkdir()
         mounted = helper.mount(Kind(values["kind"]), values["program"], fds[0], place, values["source"])
@@ -220,7 +220,8 @@ class _Server:
             os.close(mounted.helper)  # it ends with this process
         try:
             mounts.attach(mounted.mount, place)
-            return {"device": os.fstat(mounted.mount).st_dev}
+            root = os.fstat(mounted.mount)
+            return {"device": root.st_dev, "inode": root.st_ino}
         finally:
             os.close(mounted.mount)
 

@@ -26,11 +26,15 @@ from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
 from ipe_emu.exec_hook.sandbox import Sandbox
+from ipe_emu.exec_hook.sealing import Sealing
 from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
-from ipe_emu.integrity.facts import Facts
+from ipe_emu.integrity.facts import Digest, Facts
+from ipe_emu.integrity.seals import Seals
+from ipe_emu.integrity.sources import Combined
 from ipe_emu.kernel_cmdline import parse_cmdline, words
 from ipe_emu.linux import openat2, process, statx
+from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
@@ -54,6 +58,7 @@ from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
 from ipe_emu.rehearse.watch import WatchedIpe
+from ipe_emu.volumes.ext4_seals import ImageSeals
 
 if TYPE_CHECKING:
     from ipe_securityfs.mount import Session
@@ -166,6 +171,8 @@ class _Rehearsal:
     uname: Uname = field(init=False)
     modules: Modules = field(factory=Modules, init=False)
     disks: Disks = field(init=False)
+    seals: ImageSeals = field(init=False)
+    sealing: Sealing = field(init=False)
     file_systems: BlockFileSystems = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
@@ -180,14 +187,20 @@ class _Rehearsal:
     _switched: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.known = Overlays(self.facts, self.facts, self.superblocks)
+        self.seals = ImageSeals(self._verify_fsverity)
+        known = Combined([self.facts, self.seals])
+        self.known = Overlays(known, known, self.superblocks)
         self.power = Power(self._end)
         self.console.on_log = lambda line: self._log(_LEVEL.sub("", line))
         self.console.on_sysrq = self.power.sysrq
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
         devices = self.options.devices
-        self.file_systems = BlockFileSystems(devices, self.agent, self.superblocks, self.facts.by_device, _PID_DEPTH)
+        self.file_systems = BlockFileSystems(
+            devices, self.agent, self.superblocks, self.facts.by_device, self.seals, _PID_DEPTH
+        )
+        self.seals.recheck = self.file_systems.recheck
+        self.sealing = Sealing(Seals(InodeWatch()), (), self._verify_fsverity, self.seals)
         devices.refresh = self.file_systems.look_after
         on_disks = dict.fromkeys(KINDS, self.file_systems) if any(self.options.devices) else {}
         self.mounting = Mounting(self.agent, self.timeline, {**EVERY_MACHINE_HAS, **on_disks})
@@ -212,6 +225,7 @@ class _Rehearsal:
             *self.mounting.traps,
             *self.power.traps,
             *self.disks.traps,
+            *(self.sealing.traps if any(self.options.devices) else ()),
             *self.keyctl.traps,
             *self.uname.traps,
             Trap("execve", functools.partial(self._plan_execve, plan_execve, 0)),
@@ -275,6 +289,9 @@ class _Rehearsal:
             server.stop()
             server.join()
         return ipe
+
+    def _verify_fsverity(self, digest: Digest, signature: bytes) -> None:
+        self._ipe.verify_fsverity_signature(digest, signature)
 
     # -- before it starts -------------------------------------------------------------------------------------------
 

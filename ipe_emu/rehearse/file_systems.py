@@ -26,6 +26,7 @@ from ipe_emu.rehearse.block.device import BlockDevice, BlockDevices
 from ipe_emu.rehearse.mounting import Found, MountRequest
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.volumes import programs
+from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
 from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class _Superblock:
     claimed: bool = True
     #: Whether its mount in the machine is still to come.
     being_mounted: bool = True
+    #: The files that fs-verity has sealed in it, and after how many writes of the machine they were looked at.
+    seals: SealedFiles | None = None
+    sealed_at: int = 0
 
 
 @frozen(eq=False)
@@ -88,6 +92,7 @@ class BlockFileSystems:
     agent: Agent
     superblocks: Superblocks
     facts: dict[str, Facts]
+    seals: ImageSeals
     pid_depth: int
     _subtrees: "Subtrees" = field(init=False, repr=False)
     _root: int = field(default=-1, init=False)
@@ -138,6 +143,19 @@ class BlockFileSystems:
         reason = f"what reads a file system here does not pass on that {device.name} cannot be read: {error}"
         self.not_judged(None, "read", reason)
 
+    def recheck(self, number: str, seals: SealedFiles) -> None:
+        """Look whether the files that were sealed on a file system are so still, if the machine wrote to its disks.
+
+        NotJudgedError if not: a kernel would give what it has read before, or EIO.
+        """
+        known = next(known for known in self._known if known.number == number)
+        writes = self.devices.writes
+        if known.sealed_at == writes or not seals.by_inode:
+            return
+        if _sealed_files(known.device).by_inode != seals.by_inode:
+            raise NotJudgedError(f"sealed files on {known.device.name} were overwritten while it was mounted")
+        known.sealed_at = writes
+
     def look_after(self) -> None:
         """Give devices back whose file systems nobody in the machine has mounted any more."""
         with self._lock:
@@ -177,20 +195,27 @@ class BlockFileSystems:
         self.devices.claim(device, new)  # before anybody looks what is on it
         try:
             self._check(device, kind)
+            if kind is Kind.EXT4:
+                new.sealed_at = self.devices.writes
+                new.seals = _sealed_files(device)
             number = next(self._names)
             content = _Watched(device, self._unreadable) if kind in programs.HIDES_ERRORS else device
             image = self._subtrees.add_image(b"file-system-%d" % number, content)
             fd = os.open(b"images/" + image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._root)
             try:
-                new.path, st_dev = self.agent.mount_image(number, kind, programs.needed(kind), fd, source)
+                new.path, st_dev, root = self.agent.mount_image(number, kind, programs.needed(kind), fd, source)
             finally:
                 os.close(fd)
+            if new.seals is not None:
+                new.seals.check_numbers(root)
         except BaseException:
             self.devices.release(device, new)
             raise
         new.number = f"{os.major(st_dev)}:{os.minor(st_dev)}"
         self.superblocks.names[new.number] = device.name
         self.facts[new.number] = device.facts
+        if new.seals is not None:
+            self.seals.by_device[new.number] = new.seals
         self._known.append(new)
         return new
 
@@ -210,6 +235,18 @@ class BlockFileSystems:
                 raise NotJudgedError(
                     f"{device.name} is corrupted, and what reads {kind.value} here would not say where: {error.reason}"
                 ) from None
+
+
+def _sealed_files(device: BlockDevice) -> SealedFiles:
+    """Find what is sealed on a device with ext4. NotJudgedError for a file that a kernel could not open, or read."""
+    try:
+        seals = SealedFiles.find(device.read, device.size)
+        seals.check()
+    except KernelError as error:
+        raise NotJudgedError(
+            f"a file on {device.name} cannot be used on a kernel, and what mounts ext4 here would let it be: {error}"
+        ) from None
+    return seals
 
 
 def _mounted(pid_depth: int) -> set[str]:

@@ -77,14 +77,15 @@ class Agent:
         except KernelError as error:
             raise NotJudgedError(f"what a device has in /{root.name} cannot be made or removed: {error}") from None
 
-    def mount_image(self, number: int, kind: Kind, program: str, image: int, source: str) -> tuple[Path, int]:
-        """Mount an image that is open as a staged file system; return where, and its st_dev.
+    def mount_image(self, number: int, kind: Kind, program: str, image: int, source: str) -> tuple[Path, int, int]:
+        """Mount an image that is open as a staged file system; return where, and its root's st_dev and st_ino.
 
         ``program`` reads it (`volumes.helper.mount`), ``source`` is what /proc/mounts shows.
         """
         path = VOLUMES / str(number)
         values = {"path": str(path), "kind": kind.value, "program": program, "source": source}
-        return path, self._ask("mount-image", values, [image])["device"]
+        answer = self._ask("mount-image", values, [image])
+        return path, answer["device"], answer["inode"]
 
     def device(self, name: str, source: Path) -> None:
         """Mount a copy of a staged file, or one of this machine, on a name that the devtmpfs has."""

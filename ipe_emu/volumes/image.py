@@ -14,6 +14,7 @@ from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.hash_workers import Progress, no_progress
 from ipe_emu.keyring import Keyrings
 from ipe_emu.profiles import Profile
+from ipe_emu.volumes.ext4_seals import SealedFiles
 from ipe_emu.volumes.opening import open_image
 from ipe_emu.volumes.programs import HIDES_ERRORS
 from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
@@ -35,6 +36,7 @@ class VerifiedImage:
     verity: DmVerity
     kind: Kind
     signed: bool = False
+    seals: SealedFiles | None = field(default=None, init=False)
     on_corruption: Callable[[str], None] = field(default=lambda _: None)
 
     @property
@@ -67,6 +69,23 @@ class VerifiedImage:
             self.verity.verify(jobs=jobs, progress=progress)
         except KernelError as error:
             raise UserError(f"{self.specification.image}: {error.reason}") from None
+
+    def find_seals(self) -> None:
+        """Look for the files that fs-verity has sealed in it, and check them all: what mounts it here would not.
+
+        UserError for a file that a kernel could not open, or not read all of. NotJudgedError as `SealedFiles.find`.
+        """
+        if self.kind is not Kind.EXT4:
+            return
+        try:
+            seals = SealedFiles.find(self.read, self.size)
+            seals.check()
+        except KernelError as error:
+            raise UserError(
+                f"{self.specification.image}: {error.reason} (a kernel answers {error.name} to whoever uses this file;"
+                " what mounts ext4 here would not)"
+            ) from None
+        self.seals = seals
 
     def verify_signature(self, keyrings: Keyrings, profile: Profile) -> None:
         """Check the signature of the root hash, if there is one (``verity_verify_root_hash()``).

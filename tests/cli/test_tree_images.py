@@ -12,7 +12,10 @@ from ipe_emu.volumes.recognise import Kind
 from tests.cli.conftest import Run, spawn
 from tests.exec_hook.running import Runner, runner
 from tests.integrity.tools import veritysetup_format
+from tests.vectors import KEYS
+from tests.volumes import sealed_images
 from tests.volumes.images import BLOCK, Volume, make_image, make_volume, tamper
+from tests.volumes.sealed_images import FILES
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
 
@@ -53,6 +56,13 @@ def policy_for(place: Path, root_hash: str) -> Path:
     policy = place / "volume.pol"
     policy.write_text(POLICY.format(root_hash))
     return policy
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    image = tmp_path / "sealed.img"
+    image.write_bytes(sealed_images.image(4096))
+    return image
 
 
 def left() -> list[Path]:
@@ -147,3 +157,45 @@ def test_files_that_are_no_images(ipe_emu: Run, tmp_path: Path, volume: Volume) 
         done = ipe_emu(*simulate, *arguments)
         assert (done.status, done.out) == (2, ""), arguments
         assert message in done.err
+
+
+def test_files_that_an_image_has_sealed_are_known(ipe: Runner, sealed: Path) -> None:
+    policy = ipe.place / "seals.pol"
+    policy.write_text(
+        "policy_name=Seals policy_version=1.0.0\nDEFAULT action=DENY\nop=EXECUTE fsverity_signature=TRUE action=ALLOW\n"
+        f"op=EXECUTE fsverity_digest={FILES['hello'].digest()} action=ALLOW\n"
+    )
+    keys = ipe.place / "trusted.pem"
+    keys.write_bytes((KEYS / "trusted.pem").read_bytes())
+    done = ipe.run("policy", "simulate", "--policy", str(policy), "--fsverity-keys", str(keys), "--json", str(sealed))
+    outcomes = {file["path"]: file["outcome"] for file in json.loads(done.stdout)["files"]}
+    assert outcomes == {
+        "/hello": "interpreter missing", "/signed": "interpreter missing", "/stranger": "not judged",
+        **dict.fromkeys(("/other", "/plain", "/pages", "/pieces", "/hole", "/salted", "/directory/levels"), "denied"),
+    }  # fmt: skip
+    assert "counts as sealed" not in done.stderr
+    assert not left()
+
+
+def test_scanning_an_image_names_its_seals(ipe: Runner, sealed: Path) -> None:
+    done = ipe.run("verity", "scan", "--all", "--json", str(sealed))
+    files = {file["path"].lstrip("/"): file for file in json.loads(done.stdout)["files"]}
+    assert {name: file["sealed"] for name, file in files.items()} == {
+        name: str(file.digest()) if file.is_sealed else None for name, file in FILES.items()
+    }
+    assert [name for name, file in files.items() if "with a signature" in file["known"]] == ["signed", "stranger"]
+    assert done.returncode == 0
+    text = ipe.run("verity", "scan", str(sealed)).stdout
+    assert f", sealed as {FILES['salted'].digest()}  /salted\n" in text
+    assert not left()
+
+
+def test_a_seal_that_is_broken_is_not_judged(ipe: Runner, sealed: Path) -> None:
+    image = bytearray(sealed.read_bytes())
+    for region in ("data", "descriptor"):
+        image[sealed_images.regions(bytes(image))[region][0][0]] ^= 1
+    sealed.write_bytes(image)
+    done = ipe.run("verity", "scan", str(sealed))
+    assert done.returncode == 4
+    assert "/hello: " in done.stderr
+    assert "/hello\n" not in done.stdout

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ipe_emu.simulate.census import census
     from ipe_emu.simulate.known import Known, Seals
 
-    with opened_tree(args) as (tree, root_hash), counting("looking") as one_more:
+    with opened_tree(args) as (tree, root_hash, _), counting("looking") as one_more:
         volume = None if root_hash is None else Property(PropertyType.DMV_ROOTHASH, root_hash)
         seals = Seals(args.hash_alg) if volume is None else None
         for _, judgement in census(Known(tree, Declared(()), seals, jobs=JOBS)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipe_emu.cli import exit_status
 from ipe_emu.cli.options import add_kernel_option, add_key_options
-from ipe_emu.cli.output import announce, complain, escape, known, say
+from ipe_emu.cli.output import announce, complain, escape, known
 from ipe_emu.cli.policy.source import read_source
 from ipe_emu.cli.subparsers import Subparsers, add_command
 from ipe_emu.cli.trees import add_facts_options, add_tree_argument, known_tree
@@ -71,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
     from ipe_emu.cli.verity.progress import counting
     from ipe_emu.simulate.judge import Judge
 
-    if _names_digests(policy) and args.fsverity is None and not args.integrity:
-        say("the policy names fs-verity digests, and no file of this tree counts as sealed (--fsverity sha256 says so)")
     summary = _Summary()
     show = _as_json if args.json else _as_text(every=args.all)
     head = {"kernel": profile.name, "policy": escape(policy.name.encode("latin-1")), "tree": escape(args.tree)}

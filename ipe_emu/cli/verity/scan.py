@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ from ipe_emu.cli import exit_status
 from ipe_emu.cli.options import add_integrity_options, declared_of
 from ipe_emu.cli.output import complain, escape, known
 from ipe_emu.cli.subparsers import Subparsers, add_command
+from ipe_emu.cli.trees import add_tree_argument, opened_tree
 from ipe_emu.cli.verity.progress import counting
+from ipe_emu.errors import NotJudgedError, UserError
 
 if TYPE_CHECKING:
     from ipe_emu.simulate.known import Known
     from ipe_emu.simulate.tree import Found
+    from ipe_emu.volumes.ext4_seals import SealedFiles
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -25,9 +29,10 @@ def add_parser(commands: Subparsers) -> None:
         run,
         examples="""\
 ipe-emu verity scan rootfs/
+ipe-emu verity scan root.ext4
 ipe-emu verity scan --all --json --integrity facts.toml /opt/app""",
     )
-    parser.add_argument("tree", metavar="DIR", help="the root directory of the tree")
+    add_tree_argument(parser)
     parser.add_argument("--all", action="store_true", help="every regular file, not only what IPE is asked about")
     parser.add_argument("--hash-alg", choices=("sha256", "sha512"), default="sha256", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -36,15 +41,18 @@ ipe-emu verity scan --all --json --integrity facts.toml /opt/app""",
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each file, as it is found."""
+    from ipe_emu.integrity.facts import Facts
     from ipe_emu.simulate.known import Known
-    from ipe_emu.simulate.tree import open_tree
 
+    if (args.integrity or args.boot_verified) and not os.path.isdir(args.tree):  # noqa: PTH112 - as the user wrote it
+        raise UserError("--integrity and --boot-verified name files of this machine, and none that is in an image")
     status = exit_status.OK
     separator = "\n"
     if args.json:
         print(json.dumps({"tree": escape(args.tree)}, indent=2).removesuffix("\n}") + ',\n  "files": [', end="")
-    with open_tree(args.tree) as tree, counting("measuring") as one_more:
-        for entry in _entries(args, Known(tree, declared_of(args))):
+    with opened_tree(args) as (tree, root_hash, seals), counting("measuring") as one_more:
+        volumes = [] if root_hash is None else [(tree.path, Facts(dmverity_roothash=root_hash))]
+        for entry in _entries(args, Known(tree, declared_of(args, volumes)), seals):
             one_more()
             if entry["digest"] is None:
                 complain(f"{entry['path']}: {entry['fault']}")
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _entries(args: argparse.Namespace, what: "Known") -> Iterator[dict[str, Any]]:
+def _entries(args: argparse.Namespace, what: "Known", seals: "SealedFiles | None") -> Iterator[dict[str, Any]]:
     from ipe_emu.simulate.census import census
     from ipe_emu.simulate.tree import Unreadable
 
@@ -79,20 +87,27 @@ def _entries(args: argparse.Namespace, what: "Known") -> Iterator[dict[str, Any]
             yield entry | {"fault": escape(found.reason)}
             continue
         try:
-            yield entry | _measured(args, what, found)
+            yield entry | _measured(args, what, found, seals)
         except OSError as error:
             yield entry | {"fault": escape(error.strerror or str(error))}
+        except NotJudgedError as error:
+            yield entry | {"fault": escape(str(error))}
 
 
-def _measured(args: argparse.Namespace, what: "Known", found: "Found") -> dict[str, Any]:
+def _measured(args: argparse.Namespace, what: "Known", found: "Found", seals: "SealedFiles | None") -> dict[str, Any]:
     from ipe_emu.cli.verity.images import JOBS
     from ipe_emu.integrity.fsverity import measure, sealed_digest
     from ipe_emu.linux.fsverity import measure_verity
 
     facts = what.facts_of(found.path, found.fd, found.st)
-    sealed = sealed_digest(found.fd, measure_verity)
+    seal = None if seals is None else seals.of(found.st)
+    sealed = seal.digest if seal is not None else sealed_digest(found.fd, measure_verity)
+    digest = measure(found.fd, args.hash_alg, jobs=JOBS)
+    words = [] if sealed is None else ["sealed" + (f" as {sealed}" if sealed != digest else "")]
+    if seal is not None and seal.signature:
+        words.append("with a signature")
     return {
-        "digest": str(measure(found.fd, args.hash_alg, jobs=JOBS)),
+        "digest": str(digest),
         "sealed": None if sealed is None else str(sealed),
-        "known": [*known(facts), *(["sealed"] if sealed is not None else [])],
+        "known": [*known(facts), *words],
     }

@@ -84,6 +84,8 @@ class BlockDevices:
     """
 
     refresh: Callable[[], None] = field(default=lambda: None, repr=False)
+    #: How often the machine has written to one of them.
+    writes: int = field(default=0, init=False)
     _devices: dict[int, BlockDevice] = field(factory=dict, init=False)
     _holders: dict[int, list[object]] = field(factory=dict, init=False)
     _disks: int = field(default=0, init=False)

@@ -97,6 +97,7 @@ class _OpenNode:
         """Write to the device."""
         if self.device is None:
             raise KernelError(errno.EINVAL, "/dev/mapper/control cannot be written", "vfs_write")
+        self._nodes.devices.writes += 1
         return self.device.write(offset, data)
 
     def opened(self) -> None:

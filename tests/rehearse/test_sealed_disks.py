@@ -1,0 +1,73 @@
+"""Boots with a disk whose ext4 has files that fs-verity has sealed, as a kernel sealed them."""
+
+import pytest
+
+from tests import vectors
+from tests.exec_hook.running import Runner
+from tests.rehearse.images import MOUNTS, Booted, add_programs, boot, build_tree
+from tests.volumes import sealed_images
+from tests.volumes.sealed_images import FILES, regions
+
+pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
+
+POLICY = f"""policy_name=Boot policy_version=0.0.0
+DEFAULT action=DENY
+op=EXECUTE boot_verified=TRUE action=ALLOW
+op=EXECUTE fsverity_digest={FILES["hello"].digest()} action=ALLOW
+op=EXECUTE fsverity_signature=TRUE action=ALLOW
+"""
+
+
+def run(emu: Runner, script: str, image: bytes) -> Booted:
+    tree = build_tree(emu.place / "tree", f"{MOUNTS}export PATH=/bin:/usr/sbin\n{script}\npoweroff -f\n")
+    add_programs(tree, "fsverity")
+    disk, keys = emu.place / "disk.img", emu.place / "trusted.pem"
+    disk.write_bytes(image)
+    keys.write_bytes((vectors.KEYS / "trusted.pem").read_bytes())
+    return boot(emu, tree, "--disk", f"vda={disk}", "--fsverity-keys", str(keys), policy=POLICY)
+
+
+def test_seals_decide_on_a_disk_and_through_an_overlay(emu: Runner) -> None:
+    script = """
+mkdir /disk /scratch /over; mount -t tmpfs none /scratch; mkdir /scratch/upper /scratch/scratch
+mount -t ext4 -o ro /dev/vda /disk
+for name in hello plain signed stranger; do /disk/$name 2>/dev/null || echo "$name: $?"; done
+mount -t overlay -o lowerdir=/disk,upperdir=/scratch/upper,workdir=/scratch/scratch over /over
+/over/hello; /over/plain || echo denied; cat /over/hello >/over/copy; chmod 755 /over/copy; /over/copy || echo denied
+fsverity measure /disk/hello | cut -c1-20
+fsverity enable /disk/plain 2>&1; cp /disk/plain /scratch; fsverity enable /scratch/plain 2>&1
+"""
+    done = run(emu, script, sealed_images.image(1024))
+    assert [line for line in done.output if "Permission denied" not in line] == [
+        "hello", "plain: 126", "signed", "stranger: 126", "hello", "denied", "denied",
+        str(FILES["hello"].digest())[:20],
+        "ERROR: FS_IOC_ENABLE_VERITY failed on '/disk/plain': Read-only file system",
+        "ERROR: FS_IOC_ENABLE_VERITY failed on '/scratch/plain': Inappropriate ioctl for device",
+    ]  # fmt: skip
+    assert done.status == 1  # something was denied, and everything was judged
+
+
+def test_what_the_machine_writes_over_a_mounted_disk_is_not_taken_for_sealed(one: Runner) -> None:
+    image = sealed_images.image(1024)
+    position, _ = regions(image)["data"][0]
+    assert image[position:].startswith(FILES["hello"].data)
+    script = f"""
+mkdir /disk; mount -t ext4 -o ro /dev/vda /disk && /disk/hello
+printf '#!/bin/sh\\necho HELLO' | dd of=/dev/vda bs=1 seek={position} conv=notrunc 2>/dev/null
+/disk/hello || echo refused
+"""
+    done = run(one, script, image)
+    assert done.output == ["hello", "/init: line 12: /disk/hello: Operation not permitted", "refused"]
+    assert done.status == 4
+    assert "FILE CORRUPTED" in done.errors
+
+
+@pytest.mark.parametrize("region", ["data", "tree", "descriptor"])
+def test_a_disk_with_a_broken_seal_is_not_judged(one: Runner, region: str) -> None:
+    image = bytearray(sealed_images.image(1024))
+    image[regions(bytes(image))[region][0][0]] ^= 1
+    script = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk && echo never"
+    done = run(one, script, bytes(image))
+    assert "never" not in done.output
+    assert done.status == 4
+    assert "sealed by fs-verity" in done.errors
