@@ -36,7 +36,7 @@ def plan_execve(caller: Caller, args: tuple[int, ...], profile: Profile, goes_by
     return _plan(caller, AT_FDCWD, args[0], 0, profile, goes_by)
 
 
-def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile, goes_by: GoesBy) -> Plan:
+def plan_execveat(caller: Caller, args: tuple[int, ...], profile: Profile, goes_by: GoesBy | None = None) -> Plan:
     """Plan execveat(directory, path, argv, envp, flags)."""
     return _plan(caller, signed_int(args[0]), args[1], signed_int(args[4]), profile, goes_by)
 

@@ -137,8 +137,9 @@ class ExecHook:
 
     ``machine`` and ``pid_depth`` are those of a `Machine`; a sandbox has one pid namespace, below ours. ``securityfs``
     is the device number of the emulated securityfs, None if there is none. ``traps`` are those that ``rules`` was
-    given; ``modules`` are those of the machine, if somebody else wants to see them. Raises NotJudgedError if this
-    process has a personality that the tree would inherit and that makes memory executable unasked.
+    given; ``modules`` are those of the machine, if somebody else wants to see them. With ``every_event`` the judge is
+    also asked about what is sure to be allowed without a record. Raises NotJudgedError if this process has a
+    personality that the tree would inherit and that makes memory executable unasked.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class ExecHook:
         traps: Iterable[Trap] = (),
         superblocks: Superblocks = mountinfo.OF_THIS_MACHINE,
         modules: Modules | None = None,
+        every_event: bool = False,
     ) -> None:
         inherited = syscalls.call("personality", _ASK_PERSONALITY)
         if inherited & (_READ_IMPLIES_EXEC | _MMAP_PAGE_ZERO):
@@ -164,11 +166,12 @@ class ExecHook:
         self._machine = Machine(machine, pid_depth)
         self._mounts = Mounts(superblocks)
         modules = modules or Modules()
-        goes_by = Passing(judge.passes).goes_by
+        passes = _nothing_passes if every_event else judge.passes
+        goes_by = None if every_event else Passing(passes).goes_by
         handlers: dict[str, Handler] = {
             "execve": functools.partial(plan_execve, profile=judge.profile, goes_by=goes_by),
             "execveat": functools.partial(plan_execveat, profile=judge.profile, goes_by=goes_by),
-            "mmap": functools.partial(plan_mmap, passes=judge.passes),
+            "mmap": functools.partial(plan_mmap, passes=passes),
             "mprotect": plan_mprotect,
             "pkey_mprotect": plan_mprotect,
             "remap_file_pages": plan_remap_file_pages,
@@ -298,6 +301,10 @@ class ExecHook:
             return self._machine.subject(Tracee(notification.pid))
         except (OSError, ValueError, IndexError):
             return None
+
+
+def _nothing_passes(_operation: Operation, _facts: Facts) -> bool:
+    return False
 
 
 def _done(answer: Answer) -> _Outcome:

@@ -268,6 +268,7 @@ class _Rehearsal:
                 traps=self.traps,
                 superblocks=self.superblocks,
                 modules=self.modules,
+                every_event=True,  # for the timeline
             )
             self._answering = Answering(exec_hook)
             notifications = Notifications(self._answering, Listener(sandbox.listener()), self, sandbox.kill)

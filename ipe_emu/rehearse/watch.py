@@ -9,7 +9,6 @@ from attrs import define, field
 
 from ipe_emu.errors import KernelError
 from ipe_emu.event import File, Hook, Subject
-from ipe_emu.integrity.facts import Facts
 from ipe_emu.lsm import Decision, Ipe, LoadedPolicy, Writer
 from ipe_emu.policy.errors import PolicyError
 from ipe_emu.policy.evaluate import Verdict as EvaluationVerdict
@@ -33,10 +32,6 @@ class WatchedIpe(Ipe):
     """An LSM whose policies, switches and decisions are noted in ``timeline``."""
 
     timeline: Timeline = field(kw_only=True)
-
-    def passes(self, operation: Operation, facts: Facts) -> bool:  # noqa: ARG002 - `Ipe`'s
-        """Let nothing go by unseen."""
-        return False
 
     def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
         """Decide, and note it."""
