@@ -42,7 +42,9 @@ class OpenFiles:
         if not isinstance(node, ImageFile | TextFile):
             raise KernelError(errno.ENXIO, "the kernel opens no device here", "do_dentry_open")
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise KernelError(errno.EROFS, "this is for reading", "mnt_want_write")
+            # fuse2fs (1.47.4) opens what it mounts for writing first, and takes no other answer for read-only.
+            number = errno.EACCES if isinstance(node, ImageFile) else errno.EROFS
+            raise KernelError(number, "this is for reading", "mnt_want_write")
         if isinstance(node, ImageFile):
             self._open[fh] = _Open(node, node.content.read)
             return True

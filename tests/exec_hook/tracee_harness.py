@@ -224,8 +224,10 @@ def build_tree(root: Path) -> Path:
     compile_c(HELLO, here / "bin/execstack", "-z", "execstack")
     compile_c(HELLO, here / "bin/execstack_static", "-static", "-z", "execstack")
     compile_c("int f(void) { return 1; }\n", here / "lib/libf.so", "-shared", "-fPIC")
+    (root / "usr").mkdir()
+    (root / "usr/lib").symlink_to("../lib")  # newer C libraries look there; the paths that were recorded are in /lib
     for library in _libraries(here / "bin/hello"):
-        target = root / library.lstrip("/")
+        target = root / library.removeprefix("/usr").lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, target)
     executables = {
