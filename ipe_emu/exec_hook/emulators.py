@@ -29,10 +29,10 @@ from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
 from ipe_emu.linux.verity_state import VerityState
 from ipe_emu.lsm import Ipe, UpstreamRefusal
-from ipe_emu.volumes.ext4_seals import ImageSeals
 from ipe_emu.volumes.facts import VolumeFacts
 
 if TYPE_CHECKING:
+    from ipe_emu.volumes.ext4_seals import ImageSeals
     from ipe_emu.volumes.image import VerifiedImage
     from ipe_securityfs.client import Connection, RemoteIpe
 
@@ -92,7 +92,7 @@ class OwnEmulator:
     sealable: Sequence[Place] = ()
     dm_verity_unsealed: bool = False
     _sealing: Sealing = field(init=False)
-    _seals_of_images: ImageSeals = field(init=False)
+    _seals_of_images: "ImageSeals | None" = field(default=None, init=False)
     _keyctl: Keyctl = field(factory=Keyctl, init=False)
     _ipe: Ipe | None = field(default=None, init=False)
     _server: SecurityFsServer | None = field(default=None, init=False)
@@ -102,9 +102,11 @@ class OwnEmulator:
     _helpers: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._seals_of_images = ImageSeals(self._verify_fsverity)
-        images = self._seals_of_images if self.images else None
-        self._sealing = Sealing(Seals(InodeWatch()), self.sealable, self._verify_fsverity, images)
+        if self.images:
+            from ipe_emu.volumes.ext4_seals import ImageSeals  # noqa: PLC0415 - most runs have no volumes
+
+            self._seals_of_images = ImageSeals(self._verify_fsverity)
+        self._sealing = Sealing(Seals(InodeWatch()), self.sealable, self._verify_fsverity, self._seals_of_images)
 
     @property
     def securityfs(self) -> Path | None:
@@ -128,7 +130,7 @@ class OwnEmulator:
         self._ipe = self.make_ipe()
         of_volumes = VolumeFacts()
         # A declared volume's facts hold on the mount that the sandbox made of it.
-        of_images: list[FactsSource] = [of_volumes, self._seals_of_images] if self.images else []
+        of_images: list[FactsSource] = [] if self._seals_of_images is None else [of_volumes, self._seals_of_images]
         known = Combined([*of_images, self.facts.in_sandbox(), self._sealing.seals])
         of_kernel = KernelState(known, VerityState(), self._ipe.verify_fsverity_signature)
         self._known = Overlays(of_kernel, known, self.superblocks)
@@ -147,7 +149,7 @@ class OwnEmulator:
             of_volumes.add(device, image.facts)
             number = f"{os.major(device)}:{os.minor(device)}"
             self.superblocks.names[number] = name
-            if image.seals is not None:
+            if image.seals is not None and self._seals_of_images is not None:
                 image.seals.check_numbers(root)
                 self._seals_of_images.by_device[number] = image.seals
             if helper is not None:

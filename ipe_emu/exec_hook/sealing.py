@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from attrs import define, frozen
 
@@ -29,7 +29,9 @@ from ipe_emu.integrity.sources import Place
 from ipe_emu.linux import fsverity, openat2
 from ipe_emu.linux.seccomp import AnyBit, Masked
 from ipe_emu.linux.syscalls import AT_FDCWD, signed_int
-from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
+
+if TYPE_CHECKING:
+    from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
 
 # struct fsverity_enable_arg: version, hash_algorithm, block_size, salt_size, salt_ptr, sig_size, __reserved1, sig_ptr,
 # __reserved2[11].
@@ -57,7 +59,7 @@ class Sealing:
     seals: Seals
     places: Sequence[Place]
     verify: Callable[[Digest, bytes], None]
-    images: ImageSeals | None = None
+    images: "ImageSeals | None" = None
 
     @property
     def traps(self) -> tuple[Trap, ...]:
@@ -258,7 +260,7 @@ class Sealing:
         # A program that runs would be ETXTBSY on a kernel; it cannot be written either way.
         raise KernelError(errno.EPERM, f"{_name(fd)} is sealed by fs-verity", "fsverity_file_open")
 
-    def _image_of(self, caller: Caller, fd: int) -> SealedFiles | None:
+    def _image_of(self, caller: Caller, fd: int) -> "SealedFiles | None":
         return None if self.images is None else self.images.image_of(caller.place(fd))
 
     def _covers(self, caller: Caller, fd: int) -> bool:
@@ -290,14 +292,14 @@ class _Argument:
         return cls(algorithm, block_size, salt_size, salt_at, signature_size, signature_at)
 
 
-def _enable_in_image(caller: Caller, image: SealedFiles, address: int) -> NoReturn:
+def _enable_in_image(caller: Caller, image: "SealedFiles", address: int) -> NoReturn:
     """Answer FS_IOC_ENABLE_VERITY for a file of an ext4 image, which is mounted read-only."""
     _check_feature(image)
     _Argument.read(caller, address)
     raise KernelError(errno.EROFS, "a read-only file system", "sb_permission")
 
 
-def _check_feature(image: SealedFiles) -> None:
+def _check_feature(image: "SealedFiles") -> None:
     if not image.file_system.has_verity:
         raise KernelError(errno.EOPNOTSUPP, "the file system was made without the feature verity", "ext4_ioctl")
 

@@ -26,12 +26,11 @@ from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
 from ipe_emu.exec_hook.sandbox import Sandbox
-from ipe_emu.exec_hook.sealing import Sealing
 from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.seals import Seals
-from ipe_emu.integrity.sources import Combined
+from ipe_emu.integrity.sources import Combined, FactsSource
 from ipe_emu.kernel_cmdline import parse_cmdline, words
 from ipe_emu.linux import openat2, process, statx
 from ipe_emu.linux.inotify import InodeWatch
@@ -58,9 +57,9 @@ from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
 from ipe_emu.rehearse.watch import WatchedIpe
-from ipe_emu.volumes.ext4_seals import ImageSeals
 
 if TYPE_CHECKING:
+    from ipe_emu.exec_hook.sealing import Sealing
     from ipe_securityfs.mount import Session
 
 #: Calls that a kernel before 5.2 would not have: who mounts falls back to mount(2), which can be answered.
@@ -171,8 +170,7 @@ class _Rehearsal:
     uname: Uname = field(init=False)
     modules: Modules = field(factory=Modules, init=False)
     disks: Disks = field(init=False)
-    seals: ImageSeals = field(init=False)
-    sealing: Sealing = field(init=False)
+    sealing: "Sealing | None" = field(default=None, init=False)
     file_systems: BlockFileSystems = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
@@ -187,22 +185,20 @@ class _Rehearsal:
     _switched: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.seals = ImageSeals(self._verify_fsverity)
-        known = Combined([self.facts, self.seals])
-        self.known = Overlays(known, known, self.superblocks)
         self.power = Power(self._end)
         self.console.on_log = lambda line: self._log(_LEVEL.sub("", line))
         self.console.on_sysrq = self.power.sysrq
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
         devices = self.options.devices
-        self.file_systems = BlockFileSystems(
-            devices, self.agent, self.superblocks, self.facts.by_device, self.seals, _PID_DEPTH
-        )
-        self.seals.recheck = self.file_systems.recheck
-        self.sealing = Sealing(Seals(InodeWatch()), (), self._verify_fsverity, self.seals)
+        self.file_systems = BlockFileSystems(devices, self.agent, self.superblocks, self.facts.by_device, _PID_DEPTH)
+        known: FactsSource = self.facts
+        on_disks = {}
+        if any(devices):
+            known = Combined([self.facts, self._seals()])
+            on_disks = dict.fromkeys(KINDS, self.file_systems)
+        self.known = Overlays(known, known, self.superblocks)
         devices.refresh = self.file_systems.look_after
-        on_disks = dict.fromkeys(KINDS, self.file_systems) if any(self.options.devices) else {}
         self.mounting = Mounting(self.agent, self.timeline, {**EVERY_MACHINE_HAS, **on_disks})
         self.uname = Uname(self.agent)
         self.disks = Disks(
@@ -225,7 +221,7 @@ class _Rehearsal:
             *self.mounting.traps,
             *self.power.traps,
             *self.disks.traps,
-            *(self.sealing.traps if any(self.options.devices) else ()),
+            *(() if self.sealing is None else self.sealing.traps),
             *self.keyctl.traps,
             *self.uname.traps,
             Trap("execve", functools.partial(self._plan_execve, plan_execve, 0)),
@@ -290,6 +286,16 @@ class _Rehearsal:
             server.stop()
             server.join()
         return ipe
+
+    def _seals(self) -> FactsSource:
+        """Have the files known that are sealed on disks, and the calls answered that ask for their seals."""
+        from ipe_emu.exec_hook.sealing import Sealing  # noqa: PLC0415 - most boots have no disks
+        from ipe_emu.volumes.ext4_seals import ImageSeals  # noqa: PLC0415 - as above
+
+        seals = ImageSeals(self._verify_fsverity, self.file_systems.recheck)
+        self.file_systems.seals = seals
+        self.sealing = Sealing(Seals(InodeWatch()), (), self._verify_fsverity, seals)
+        return seals
 
     def _verify_fsverity(self, digest: Digest, signature: bytes) -> None:
         self._ipe.verify_fsverity_signature(digest, signature)

@@ -26,10 +26,10 @@ from ipe_emu.rehearse.block.device import BlockDevice, BlockDevices
 from ipe_emu.rehearse.mounting import Found, MountRequest
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.volumes import programs
-from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
 from ipe_emu.volumes.recognise import Kind, check_mountable, recognise
 
 if TYPE_CHECKING:
+    from ipe_emu.volumes.ext4_seals import ImageSeals, SealedFiles
     from ipe_securityfs.subtrees import Subtrees
 
 _PIECE: Final = 1 << 20
@@ -59,7 +59,7 @@ class _Superblock:
     #: Whether its mount in the machine is still to come.
     being_mounted: bool = True
     #: The files that fs-verity has sealed in it, and after how many writes of the machine they were looked at.
-    seals: SealedFiles | None = None
+    seals: "SealedFiles | None" = None
     sealed_at: int = 0
 
 
@@ -92,10 +92,11 @@ class BlockFileSystems:
     agent: Agent
     superblocks: Superblocks
     facts: dict[str, Facts]
-    seals: ImageSeals
     pid_depth: int
     _subtrees: "Subtrees" = field(init=False, repr=False)
     _root: int = field(default=-1, init=False)
+    #: Learns what is sealed on them.
+    seals: "ImageSeals | None" = field(default=None, init=False)
     #: Told what cannot be judged; from any thread.
     not_judged: Callable[[None, str, str], None] = field(default=lambda *_: None, init=False)
     #: The thread that answers system calls.
@@ -143,7 +144,7 @@ class BlockFileSystems:
         reason = f"what reads a file system here does not pass on that {device.name} cannot be read: {error}"
         self.not_judged(None, "read", reason)
 
-    def recheck(self, number: str, seals: SealedFiles) -> None:
+    def recheck(self, number: str, seals: "SealedFiles") -> None:
         """Look whether the files that were sealed on a file system are so still, if the machine wrote to its disks.
 
         NotJudgedError if not: a kernel would give what it has read before, or EIO.
@@ -214,7 +215,7 @@ class BlockFileSystems:
         new.number = f"{os.major(st_dev)}:{os.minor(st_dev)}"
         self.superblocks.names[new.number] = device.name
         self.facts[new.number] = device.facts
-        if new.seals is not None:
+        if new.seals is not None and self.seals is not None:
             self.seals.by_device[new.number] = new.seals
         self._known.append(new)
         return new
@@ -237,8 +238,10 @@ class BlockFileSystems:
                 ) from None
 
 
-def _sealed_files(device: BlockDevice) -> SealedFiles:
+def _sealed_files(device: BlockDevice) -> "SealedFiles":
     """Find what is sealed on a device with ext4. NotJudgedError for a file that a kernel could not open, or read."""
+    from ipe_emu.volumes.ext4_seals import SealedFiles  # noqa: PLC0415 - most boots have no such disk
+
     try:
         seals = SealedFiles.find(device.read, device.size)
         seals.check()

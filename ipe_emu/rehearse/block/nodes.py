@@ -97,8 +97,10 @@ class _OpenNode:
         """Write to the device."""
         if self.device is None:
             raise KernelError(errno.EINVAL, "/dev/mapper/control cannot be written", "vfs_write")
-        self._nodes.devices.writes += 1
-        return self.device.write(offset, data)
+        try:
+            return self.device.write(offset, data)
+        finally:  # not before: who sees it then reads what is written
+            self._nodes.devices.writes += 1
 
     def opened(self) -> None:
         """Count a file that is open on it: more than the first are opened through /proc/PID/fd."""
