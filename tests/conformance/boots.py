@@ -18,7 +18,9 @@ from attrs import field, frozen
 from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.rehearse.images import MOUNTS, NEW_ROOT, build_tree
+from tests.volumes import sealed_images
 from tests.volumes.images import Volume, make_volume, tamper
+from tests.volumes.sealed_images import FILES
 
 ROOT = Path(__file__).parent.parent.parent
 _OFF = "/bin/busybox poweroff -f\n"
@@ -45,7 +47,7 @@ class Boot:
 
     ``volume`` is the init script of a root file system on a verity volume, whose data and hash tree are the machine's
     first two disks; ROOT_HASH stands for its root hash in scripts and policies. /etc/root.sig is to be its signature
-    by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong.
+    by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong. ``disk`` is on the first disk instead.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Boot:
     volume: str | None = None
     root_hash_key: str | None = None
     tampered: bool = False
+    disk: bytes | None = None
 
     def build(self, directory: Path) -> "Built":
         """Make the image and its disks."""
@@ -81,6 +84,9 @@ class Boot:
                 ["cpio", "--quiet", "-o", "-H", "newc", "--owner", "0:0"],
                 cwd=tree, input=b"".join(sorted(names.splitlines(keepends=True))), stdout=file, check=True, timeout=60,
             )  # fmt: skip
+        if self.disk is not None:
+            (directory / "disk").write_bytes(self.disk)
+            return Built(image, (directory / "disk",))
         return Built(image, () if volume is None else (volume.image, volume.hash_image))
 
 
@@ -152,7 +158,7 @@ def _normalised(records: Sequence[tuple[str, str]]) -> tuple[str, ...]:
         plain = re.sub(r" (pid)=(\d+)", by_order(pids), f"{number} {text}".rstrip())
         plain = re.sub(r" (ino)=(\d+)", by_order(inodes), plain)
         # A kernel for one processor has no number behind the name of its first thread.
-        found.append(plain.replace('comm="swapper"', 'comm="swapper/0"'))
+        found.append(plain.replace('comm="swapper"', 'comm="swapper/0"').replace('dev="ubd', 'dev="vd'))
     return tuple(found)
 
 
@@ -195,6 +201,14 @@ _SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
 #: User-Mode Linux calls its disks ubda and ubdb.
 _OPEN = """disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd
 veritysetup open ${disk}a root ${disk}b ROOT_HASH"""
+
+#: Of files on the images of tests/volumes/sealed_images.py.
+_SEALED = f"""op=EXECUTE fsverity_digest={FILES["hello"].digest()} action=ALLOW
+op=EXECUTE fsverity_signature=TRUE action=ALLOW
+"""
+_NOT_SEALED = f"""op=EXECUTE fsverity_signature=TRUE action=DENY
+op=EXECUTE fsverity_digest={FILES["other"].digest()} action=DENY
+"""
 
 BOOTS = (
     Boot(
@@ -301,6 +315,35 @@ mount -t overlay -o lowerdir=/bin,upperdir=/w/u,workdir=/w/w o /o; echo OUT moun
 /o/busybox true; echo OUT lower $?
 cp /bin/busybox /o/copy; /o/copy true; echo OUT upper $?
 {_OFF}""",
+    ),
+    Boot(
+        "files that a disk has sealed",
+        f"""{MOUNTS}export PATH=/bin:/usr/bin
+disk=/dev/vda; [ -b $disk ] || disk=/dev/ubda
+mkdir /d /o /w; mount -t ext4 -o ro $disk /d; echo OUT mounted $?
+try() {{ for name in hello other plain signed stranger; do $1/$name; echo OUT $1 $name $?; done; }}
+cat /etc/seals.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Seals/active; try /d
+keyctl padd asymmetric '' %:.fs-verity </etc/trusted.der; umount /d; mount -t ext4 -o ro $disk /d; try /d
+mount -t tmpfs w /w; mkdir /w/u /w/w; mount -t overlay -o lowerdir=/d,upperdir=/w/u,workdir=/w/w o /o; try /o
+cp /d/hello /w/hello; /w/hello; echo OUT copy $?; cat /o/hello >/o/more; chmod 755 /o/more; /o/more; echo OUT upper $?
+chmod 700 /o/hello; /o/hello; echo OUT copied up $?
+cat /etc/not.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Not/active; try /d; try /o
+measure() {{ fsverity measure $1 >/w/said 2>&1; echo OUT measure $? $(sed 's/.*: //; s/ .*//' /w/said); }}
+measure /d/hello; measure /d/salted; measure /d/plain; measure /o/other; measure /w/hello; measure /d
+enable() {{ fsverity enable "$@" >/w/said 2>&1; echo OUT enable $? $(sed 's/.*: //' /w/said); }}
+enable /d/plain; enable /d/hello; enable /o/other; enable /w/hello; enable /d; enable /d/plain --block-size=3
+fsverity dump_metadata signature /d/signed >/w/said; cmp /w/said /etc/signature; echo OUT signature $?
+fsverity dump_metadata merkle_tree /d/salted >/w/said; md5sum /w/said >/w/sum; sed 's/^/OUT /' /w/sum
+fsverity dump_metadata descriptor /d/signed >/w/said; md5sum /w/said >/w/sum; sed 's/^/OUT /' /w/sum
+fsverity dump_metadata signature /d/hello >/w/said 2>&1; echo OUT $? $(sed 's/.*: //' /w/said)
+{_OFF}""",
+        {"etc/trusted.der": _der("trusted"), "etc/signature": FILES["signed"].signature()},
+        {
+            "seals": ("trusted", policy("Seals", "1.0.0", _INITRAMFS + _SEALED)),
+            "not": ("trusted", policy("Not", "1.0.0", _NOT_SEALED, "ALLOW")),
+        },
+        programs=("/usr/bin/keyctl", "/usr/bin/fsverity"),
+        disk=sealed_images.image(4096),
     ),
     Boot(
         "programs with libraries",
