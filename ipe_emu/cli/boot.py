@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from ipe_emu.rehearse.block.disk import Disk, attach, probe_all
     from ipe_emu.rehearse.boot import BootOptions, boot
     from ipe_emu.rehearse.events import Interrupted, NotJudged, Timeline
-    from ipe_emu.rehearse.image import open_image, unpack
+    from ipe_emu.rehearse.image.open import open_image
     from ipe_emu.rehearse.report import summarise
     from ipe_emu.rehearse.watch import WatchedIpe
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             probe=functools.partial(probe_all, disks, devices),
             unshiftable="the file systems of its disks" if disks else None,
             make_ipe=make_ipe,
-            unpack=functools.partial(unpack, image.members),
+            image=image,
             cmdline=os.fsencode(args.cmdline),
             timeout=args.timeout,
             stop_at_switch_root=args.until == "switch-root",

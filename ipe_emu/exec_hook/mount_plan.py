@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from attrs import frozen
 
 from ipe_emu.errors import CannotEmulateError
-from ipe_emu.linux import mounts, statx
+from ipe_emu.linux import mounts, procfs, statx
 from ipe_emu.linux.mounts import Attribute, MountInfo
 
 SECURITYFS: Final = Path("/sys/kernel/security")
@@ -32,8 +32,6 @@ _DEVICE_LINKS: Final = {
     "stdout": "/proc/self/fd/1",
     "stderr": "/proc/self/fd/2",
 }
-#: What the kernel's administrator writes to, below /proc.
-PROC_CONTROLS: Final = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 
 
 class Step(Protocol):
@@ -260,7 +258,7 @@ class Proc:
         finally:
             os.close(proc)
         if self.read_only_controls:
-            for name in PROC_CONTROLS:
+            for name in procfs.CONTROLS:
                 if (_PROC / name).exists():
                     ReadOnly(_PROC / name).execute()
 

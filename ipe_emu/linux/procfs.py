@@ -14,6 +14,8 @@ from attrs import frozen
 
 from ipe_emu.linux import statx, syscalls
 
+#: What the kernel's administrator writes to, below /proc.
+CONTROLS: Final = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 #: Longer than any file of /proc that is read whole here; those of the kernel end well below.
 _CHUNK: Final = 1 << 16
 #: Longer than nearly every record.

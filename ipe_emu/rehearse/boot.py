@@ -21,7 +21,6 @@ from ipe_emu.exec_hook.execve import plan_execve, plan_execveat, read_path
 from ipe_emu.exec_hook.footing import Kind
 from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.modules import Modules
-from ipe_emu.exec_hook.mount_plan import PROC_CONTROLS
 from ipe_emu.exec_hook.overlays import Overlays
 from ipe_emu.exec_hook.plan import Continue, Perform, Plan
 from ipe_emu.exec_hook.plan import Event as AskedEvent
@@ -32,13 +31,12 @@ from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.integrity.seals import Seals
 from ipe_emu.integrity.sources import Combined, FactsSource
 from ipe_emu.kernel_cmdline import parse_cmdline, words
-from ipe_emu.linux import openat2, process, statx
+from ipe_emu.linux import openat2, process, procfs, statx
 from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
 from ipe_emu.profiles import Profile
-from ipe_emu.rehearse import agent as agent_process
 from ipe_emu.rehearse import events
 from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.block.probe import Probed
@@ -48,7 +46,7 @@ from ipe_emu.rehearse.disks import TEXT_FILES, Disks
 from ipe_emu.rehearse.events import Timeline
 from ipe_emu.rehearse.facts import SuperblockFacts
 from ipe_emu.rehearse.file_systems import KINDS, BlockFileSystems
-from ipe_emu.rehearse.image import Unpacked
+from ipe_emu.rehearse.image.open import Image
 from ipe_emu.rehearse.init_arguments import InitArguments
 from ipe_emu.rehearse.live import Live
 from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting, Staged
@@ -91,8 +89,8 @@ _SHARED_DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
 class BootOptions:
     """What to boot, and how.
 
-    ``make_ipe`` makes the booted emulator, which notes what happens in a timeline. ``unpack`` puts the image into the
-    directory that is given as a descriptor. ``cmdline`` is the kernel's. ``timeout`` is in seconds, None for no end.
+    ``make_ipe`` makes the booted emulator, which notes what happens in a timeline. ``cmdline`` is the kernel's.
+    ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
     ``release`` is the kernel's, if the image says it.
@@ -102,7 +100,7 @@ class BootOptions:
 
     profile: Profile
     make_ipe: Callable[[Timeline], WatchedIpe]
-    unpack: Callable[[int], Unpacked]
+    image: Image
     cmdline: bytes
     timeout: float | None = None
     stop_at_switch_root: bool = False
@@ -136,14 +134,22 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
         root=standing.root,
         rules=hook.rules(securityfs=True, traps=rehearsal.traps, absent=_ABSENT),
         init=init,
-        unpack=options.unpack,
+        image=options.image,
     )
 
     def be_agent(channel: Channel, supervisor: int) -> NoReturn:
-        ours.close()
-        our_orders.close()
-        console.close()
-        agent_process.main(channel, supervisor, requests=theirs, orders=their_orders, blueprint=blueprint)
+        try:
+            ours.close()
+            our_orders.close()
+            console.close()
+            # Here, beside the supervisor, which imports the securityfs meanwhile and has no use for it.
+            from ipe_emu.rehearse import agent  # noqa: PLC0415
+
+            agent.main(channel, supervisor, requests=theirs, orders=their_orders, blueprint=blueprint)
+        except Exception as error:
+            channel.report_failure(error)
+        finally:
+            os._exit(0)
 
     blocked = [signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
     with contextlib.closing(console), Sandbox(be_agent, standing.root, blocked) as sandbox:
@@ -354,7 +360,7 @@ class _Rehearsal:
             self.mounting.proc_parts.append((self.console.sysrq.path, "sysrq-trigger"))
         if self.shielded:
             # Its root is root of this machine, as far as files are concerned.
-            self.mounting.proc_parts += [(None, name) for name in PROC_CONTROLS if name != "sysrq-trigger"]
+            self.mounting.proc_parts += [(None, name) for name in procfs.CONTROLS if name != "sysrq-trigger"]
 
     def _has_udev(self) -> bool:
         """Whether the image has what makes /dev/disk."""

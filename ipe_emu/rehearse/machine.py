@@ -18,7 +18,7 @@ from ipe_emu.linux import mounts, namespaces, process, procfs
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.rehearse.blueprint import BootBlueprint
-from ipe_emu.rehearse.image import Unpacked
+from ipe_emu.rehearse.image.rootfs import Unpacked, unpack
 from ipe_emu.rehearse.init_arguments import LAST_RESORTS, InitArguments
 from ipe_emu.rehearse.staging import ROOT
 from ipe_emu.rehearse.words import shown
@@ -83,7 +83,7 @@ def _devpts() -> list[int]:
 def _unpack(blueprint: BootBlueprint) -> Unpacked:
     root = os.open(ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return blueprint.unpack(root)
+        return unpack(blueprint.image.members, root)
     finally:
         os.close(root)
 

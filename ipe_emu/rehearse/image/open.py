@@ -1,22 +1,24 @@
 """Finding out what an image is: a directory, a unified kernel image, or an initramfs of whatever kind."""
 
 import enum
+import functools
 import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import field, frozen
 
 from ipe_emu.errors import UserError
 from ipe_emu.profiles import Profile
-from ipe_emu.rehearse.image.archive import Archive
 from ipe_emu.rehearse.image.buffer import Buffer, whole_files
-from ipe_emu.rehearse.image.compression import Limits
-from ipe_emu.rehearse.image.directory import pack_directory
 from ipe_emu.rehearse.image.uki import Uki, is_pe, read_uki
+
+if TYPE_CHECKING:
+    from ipe_emu.rehearse.image.archive import Archive
+    from ipe_emu.rehearse.image.compression import Limits
 
 _OPEN: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -33,13 +35,24 @@ class Kind(enum.Enum):
 class Image:
     """An open image. ``cmdline`` and ``uname`` are what a UKI says, None where it says nothing.
 
-    ``members`` can be iterated once; see ``Archive``.
+    ``buffer`` is the initramfs, ``strict_headers`` and ``limits`` are how it is read (`Archive`).
     """
 
     kind: Kind
-    members: Archive = field(repr=False)
+    buffer: Buffer = field(repr=False)
+    strict_headers: bool
+    limits: "Limits | None" = None
     cmdline: str | None = None
     uname: str | None = None
+
+    @functools.cached_property
+    def members(self) -> "Archive":
+        """Its members, which can be iterated once."""
+        # Imported by who unpacks alone.
+        from ipe_emu.rehearse.image.archive import Archive  # noqa: PLC0415
+        from ipe_emu.rehearse.image.compression import Limits  # noqa: PLC0415
+
+        return Archive(self.buffer, self.strict_headers, self.limits or Limits())
 
 
 @contextmanager
@@ -47,7 +60,7 @@ def open_image(
     paths: Sequence[str | os.PathLike[str]],
     profile: Profile,
     *,
-    limits: Limits | None = None,
+    limits: "Limits | None" = None,
     uki_profile: int | None = None,
 ) -> Iterator[Image]:
     """Open an image: a directory, a UKI, or one or more initramfs images, which a boot loader puts behind each other.
@@ -55,15 +68,17 @@ def open_image(
     UserError if a path cannot be read, or is nothing of the kind; what is wrong within an initramfs is found when its
     members are read.
     """
-    limits = limits or Limits()
+    strict = profile.strict_cpio_headers
     with ExitStack() as stack:
         fds = [_open(path, stack) for path in paths]
         modes = [os.fstat(fd).st_mode for fd in fds]
         alone = len(fds) == 1
         if alone and stat.S_ISDIR(modes[0]):
+            from ipe_emu.rehearse.image.directory import pack_directory  # noqa: PLC0415 - most images are files
+
             packed = stack.enter_context(tempfile.TemporaryFile())
             pack_directory(fds[0], packed)
-            yield Image(Kind.DIRECTORY, _archive(whole_files([packed.fileno()]), profile, limits))
+            yield Image(Kind.DIRECTORY, whole_files([packed.fileno()]), strict, limits)
             return
         for path, fd, mode in zip(paths, fds, modes, strict=True):
             if not stat.S_ISREG(mode):
@@ -76,15 +91,11 @@ def open_image(
                 raise UserError(f"{os.fspath(path)}: a PE file, which is booted alone and not as one of several images")
         if is_pe(os.pread(fds[0], 2, 0)):
             uki = _uki(paths[0], fds[0], uki_profile)
-            yield Image(Kind.UKI, _archive(Buffer(uki.initrds), profile, limits), uki.cmdline, uki.uname)
+            yield Image(Kind.UKI, Buffer(uki.initrds), strict, limits, uki.cmdline, uki.uname)
             return
         if uki_profile is not None:
             raise UserError(f"{os.fspath(paths[0])}: no UKI, so it has no profile @{uki_profile}")
-        yield Image(Kind.INITRAMFS, _archive(whole_files(fds), profile, limits))
-
-
-def _archive(buffer: Buffer, profile: Profile, limits: Limits) -> Archive:
-    return Archive(buffer, strict_headers=profile.strict_cpio_headers, limits=limits)
+        yield Image(Kind.INITRAMFS, whole_files(fds), strict, limits)
 
 
 def _open(path: str | os.PathLike[str], stack: ExitStack) -> int:

@@ -11,7 +11,8 @@ from attrs import frozen
 
 from ipe_emu.linux import openat2
 from ipe_emu.profiles import PROFILES
-from ipe_emu.rehearse.image import DeviceNode, Unpacked, open_image, unpack
+from ipe_emu.rehearse.image.open import open_image
+from ipe_emu.rehearse.image.rootfs import DeviceNode, Unpacked, unpack
 
 #: How each kind of compression is made, by the tool that people make it with.
 TOOLS: Mapping[str, Sequence[str]] = {

@@ -7,8 +7,9 @@ import pytest
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.profiles import PROFILES
-from ipe_emu.rehearse.image import EndOfArchive, Limits, open_image
-from ipe_emu.rehearse.image.archive import Fault
+from ipe_emu.rehearse.image.archive import EndOfArchive, Fault
+from ipe_emu.rehearse.image.compression import Limits
+from ipe_emu.rehearse.image.open import open_image
 from tests.rehearse.image.making import DIRECTORY, LINK, REFUSED, TOOLS, TRAILER, compress, member
 
 A = member(b"a", data=b"first")

@@ -8,7 +8,7 @@ import pytest
 
 from ipe_emu.errors import UserError
 from ipe_emu.profiles import PROFILES
-from ipe_emu.rehearse.image import Kind, open_image
+from ipe_emu.rehearse.image.open import Kind, open_image
 from tests.rehearse.image.making import look, unpack_images
 
 

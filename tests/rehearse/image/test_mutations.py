@@ -9,7 +9,8 @@ import pytest
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.profiles import PROFILES
-from ipe_emu.rehearse.image import Limits, open_image
+from ipe_emu.rehearse.image.compression import Limits
+from ipe_emu.rehearse.image.open import open_image
 from tests.rehearse.image.making import DIRECTORY, LINK, REFUSED, TOOLS, TRAILER, compress, member, unpack_images
 from tests.rehearse.image.random_images import random_image
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ipe_emu.rehearse.image import DeviceNode, Skipped, Unpacked
+from ipe_emu.rehearse.image.rootfs import DeviceNode, Skipped, Unpacked
 from tests.rehearse.image.making import DIRECTORY, FILE, LINK, TOOLS, TRAILER, compress, look, member, unpack_images
 from tests.rootless import UID, as_plain_user
 

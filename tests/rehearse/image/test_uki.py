@@ -9,7 +9,8 @@ import pytest
 
 from ipe_emu.errors import NotJudgedError, UserError
 from ipe_emu.profiles import PROFILES
-from ipe_emu.rehearse.image import EndOfArchive, Kind, open_image
+from ipe_emu.rehearse.image.archive import EndOfArchive
+from ipe_emu.rehearse.image.open import Kind, open_image
 from tests.rehearse.image.making import TOOLS, compress, member
 
 PROFILE = PROFILES["linux-7.3"]
