@@ -54,6 +54,8 @@ class _Superblock:
     kind: Kind
     path: Path
     number: str
+    #: Whether it is mounted for reading alone (SB_RDONLY), as those are that cannot be written.
+    read_only: bool
     #: Whether its device is claimed for it: it is mounted somewhere in the machine, as far as is known.
     claimed: bool = True
     #: Whether its mount in the machine is still to come.
@@ -124,11 +126,15 @@ class BlockFileSystems:
         self.look_after()
         found = next((known for known in self._known if known.device is device and known.claimed), None)
         if found is None:
-            found = self._superblock(device, KINDS[request.kind], os.fsdecode(request.source))
+            read_only = not writable or KINDS[request.kind] is not Kind.EXT4
+            found = self._superblock(device, KINDS[request.kind], os.fsdecode(request.source), read_only=read_only)
         elif found.kind is not KINDS[request.kind]:
             raise KernelError(errno.EBUSY, f"{device.name} is mounted as {found.kind.value}", "bd_may_claim")
+        elif found.read_only is writable:
+            how = "reading" if found.read_only else "writing"
+            raise KernelError(errno.EBUSY, f"{device.name} is mounted for {how}", "get_tree_bdev")
         found.being_mounted = True
-        note = "read-only here" if writable and found.kind is Kind.EXT4 else ""
+        note = "" if found.read_only else "read-only here"
         return Found(found.path, Attribute.NONE, note)
 
     def take_facts(self) -> None:
@@ -183,7 +189,7 @@ class BlockFileSystems:
             raise KernelError(errno.ENXIO, f"{shown}: no device has this number", "blkdev_get_no_open")
         return device
 
-    def _superblock(self, device: BlockDevice, kind: Kind, source: str) -> _Superblock:
+    def _superblock(self, device: BlockDevice, kind: Kind, source: str, *, read_only: bool) -> _Superblock:
         """Mount what is on a device in the staging directory; or find what was mounted of it before."""
         same = (known for known in self._known if known.device is device and known.content is device.content)
         earlier = next((known for known in same if known.kind is kind), None)
@@ -192,7 +198,7 @@ class BlockFileSystems:
             self.devices.claim(device, earlier)
             earlier.claimed = True
             return earlier
-        new = _Superblock(device, device.content, kind, Path(), "")
+        new = _Superblock(device, device.content, kind, Path(), "", read_only)
         self.devices.claim(device, new)  # before anybody looks what is on it
         try:
             self._check(device, kind)
@@ -209,6 +215,12 @@ class BlockFileSystems:
                 os.close(fd)
             if new.seals is not None:
                 new.seals.check_numbers(root)
+            if not read_only:
+                # A kernel writes to it at once: whoever makes it a verity device afterwards finds it changed.
+                from ipe_emu.volumes.ext4 import set_up_superblock  # noqa: PLC0415 - most boots have no such disk
+
+                set_up_superblock(device.read, device.write)
+                self.devices.writes += 1
         except BaseException:
             self.devices.release(device, new)
             raise

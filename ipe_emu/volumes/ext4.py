@@ -8,8 +8,9 @@ every number is checked against the image's size, and what is read of it in all 
 import errno
 import stat
 import struct
+import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, repeat
 from typing import Final, NoReturn
 
@@ -27,6 +28,12 @@ _INLINE_DATA_FL: Final = 0x10000000
 ROOT_INODE: Final = 2
 
 _SUPERBLOCK_AT: Final = 1024
+_SUPERBLOCK_SIZE: Final = 1024
+# s_mtime, s_mnt_count, s_feature_ro_compat, s_checksum.
+_MOUNT_TIME: Final = slice(0x2C, 0x30)
+_MOUNT_COUNT: Final = slice(0x34, 0x36)
+_RO_COMPAT: Final = slice(0x64, 0x68)
+_CHECKSUM: Final = slice(0x3FC, 0x400)
 _OLD_INODE_SIZE: Final = 128
 _OLD_BLOCK_SIZE: Final = 1024
 # struct ext4_super_block: s_inodes_count, s_blocks_count_lo, s_first_data_block, s_log_block_size, s_blocks_per_group,
@@ -95,6 +102,17 @@ class Inode:
     block: bytes
     seed: int | None
     fault: KernelError | None
+
+
+def set_up_superblock(read: Read, write: Callable[[int, bytes], int]) -> None:
+    """Change the superblock as a mount for writing does (``ext4_setup_super()``): it counts, and has its time."""
+    superblock = bytearray(read(_SUPERBLOCK_AT, _SUPERBLOCK_SIZE))
+    count = int.from_bytes(superblock[_MOUNT_COUNT], "little") + 1 & 0xFFFF
+    superblock[_MOUNT_COUNT] = count.to_bytes(2, "little")
+    superblock[_MOUNT_TIME] = (int(time.time()) & 0xFFFFFFFF).to_bytes(4, "little")
+    if int.from_bytes(superblock[_RO_COMPAT], "little") & _RO_COMPAT_METADATA_CSUM:
+        superblock[_CHECKSUM] = crc32c(0xFFFFFFFF, bytes(superblock[: _CHECKSUM.start])).to_bytes(4, "little")
+    write(_SUPERBLOCK_AT, bytes(superblock))
 
 
 @define(eq=False)

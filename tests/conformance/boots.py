@@ -19,7 +19,7 @@ from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.rehearse.images import MOUNTS, NEW_ROOT, build_tree
 from tests.volumes import sealed_images
-from tests.volumes.images import Volume, make_volume, tamper
+from tests.volumes.images import Volume, make_volume, protect, tamper
 from tests.volumes.sealed_images import FILES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,7 +47,8 @@ class Boot:
 
     ``volume`` is the init script of a root file system on a verity volume, whose data and hash tree are the machine's
     first two disks; ROOT_HASH stands for its root hash in scripts and policies. /etc/root.sig is to be its signature
-    by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong. ``disk`` is on the first disk instead.
+    by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong. ``disk`` is an ext4 image
+    in its place, with its hash tree on the second disk. Disks are read-only unless ``writable``.
     """
 
     name: str
@@ -61,10 +62,14 @@ class Boot:
     root_hash_key: str | None = None
     tampered: bool = False
     disk: bytes | None = None
+    writable: bool = False
 
     def build(self, directory: Path) -> "Built":
         """Make the image and its disks."""
         volume = None if self.volume is None else _volume(directory, self.volume)
+        if self.disk is not None:
+            (directory / "disk.img").write_bytes(self.disk)
+            volume = protect(Kind.EXT4, directory / "disk.img")
         root_hash = "" if volume is None else volume.root_hash
         files = dict(self.files)
         if volume is not None and self.tampered:
@@ -84,9 +89,6 @@ class Boot:
                 ["cpio", "--quiet", "-o", "-H", "newc", "--owner", "0:0"],
                 cwd=tree, input=b"".join(sorted(names.splitlines(keepends=True))), stdout=file, check=True, timeout=60,
             )  # fmt: skip
-        if self.disk is not None:
-            (directory / "disk").write_bytes(self.disk)
-            return Built(image, (directory / "disk",))
         return Built(image, () if volume is None else (volume.image, volume.hash_image))
 
 
@@ -112,10 +114,14 @@ class Came:
 
 def on_user_mode_linux(program: Path, boot: Boot, built: Built) -> Came:
     """Boot it on a reference kernel."""
+    disks = [f"ubd{letter}r={disk}" for letter, disk in zip("ab", built.disks, strict=False)]
+    if boot.writable:
+        changes = built.image.parent / "changes"
+        changes.unlink(missing_ok=True)
+        disks[0] = f"ubda={changes},{built.disks[0]}"
     command = [
         str(program), "mem=320M", f"initrd={built.image}", "con=null", "con0=fd:0,fd:1", "root=/dev/none", "panic=-1",
-        "ignore_loglevel", *(f"ubd{letter}r={disk}" for letter, disk in zip("ab", built.disks, strict=False)),
-        *_CMDLINE, *boot.cmdline,
+        "ignore_loglevel", *disks, *_CMDLINE, *boot.cmdline,
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
     printed = done.stdout.decode("latin-1").replace("\r", "")
@@ -131,7 +137,11 @@ def on_the_emulator(profile: str, boot: Boot, built: Built) -> Came:
         sys.executable, "-m", "ipe_emu", "boot", "--kernel", profile, "--boot-policy", str(vectors.BOOT_POLICY),
         "--builtin-keys", str(vectors.KEYS / "builtin-trusted.pem"), "--audit-log", str(log), "--timeout", "100",
         "--cmdline", " ".join((*_CMDLINE, *boot.cmdline)),
-        *(f"--disk=vd{letter}={disk},ro" for letter, disk in zip("ab", built.disks, strict=False)), str(built.image),
+        *(
+            f"--disk=vd{letter}={disk}" + ",ro" * (letter != "a" or not boot.writable)
+            for letter, disk in zip("ab", built.disks, strict=False)
+        ),
+        str(built.image),
     ]  # fmt: skip
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
     done = subprocess.run(
@@ -199,8 +209,9 @@ _GOES_ON = policy("GoesOn", "1.0.0")
 _VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
 _SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
 #: User-Mode Linux calls its disks ubda and ubdb.
-_OPEN = """disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd
-veritysetup open ${disk}a root ${disk}b ROOT_HASH"""
+_DISK = "disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd"
+_OPEN = f"""{_DISK}
+veritysetup open ${{disk}}a root ${{disk}}b ROOT_HASH"""
 
 #: Of files on the images of tests/volumes/sealed_images.py.
 _SEALED = f"""op=EXECUTE fsverity_digest={FILES["hello"].digest()} action=ALLOW
@@ -344,6 +355,26 @@ fsverity dump_metadata signature /d/hello >/w/said 2>&1; echo OUT $? $(sed 's/.*
         },
         programs=("/usr/bin/keyctl", "/usr/bin/fsverity"),
         disk=sealed_images.image(4096),
+    ),
+    Boot(
+        "a disk that is mounted for writing",
+        f"""{MOUNTS}export PATH=/bin:/usr/bin:/usr/sbin
+{_DISK}
+mkdir /d /e; mount -t ext4 -o ro ${{disk}}a /d; echo OUT for reading $?
+mount -t ext4 ${{disk}}a /e; echo OUT for writing beside $?
+mount -t ext4 -o ro ${{disk}}a /e; echo OUT for reading beside $?; umount /d /e
+{_OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
+/d/hello; echo OUT hello $?; umount /d; veritysetup close root; echo OUT close $?
+mount -t ext4 ${{disk}}a /d; echo OUT for writing $?; /d/hello; echo OUT hello $?
+mount -t ext4 -o ro ${{disk}}a /e; echo OUT for reading beside $?
+mount -t ext4 ${{disk}}a /e; echo OUT for writing beside $?; umount /d /e
+{_OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
+/d/hello; echo OUT hello $?
+{_OFF}""",
+        signed={"volume": ("trusted", policy("Volume", "1.0.0", _INITRAMFS + _VOLUME))},
+        programs=("/usr/sbin/veritysetup",),
+        disk=sealed_images.image(4096),
+        writable=True,
     ),
     Boot(
         "programs with libraries",

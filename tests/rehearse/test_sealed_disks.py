@@ -1,11 +1,15 @@
 """Boots with a disk whose ext4 has files that fs-verity has sealed, as a kernel sealed them."""
 
+from pathlib import Path
+
 import pytest
 
+from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.exec_hook.running import Runner
 from tests.rehearse.images import MOUNTS, Booted, add_programs, boot, build_tree
 from tests.volumes import sealed_images
+from tests.volumes.images import protect
 from tests.volumes.sealed_images import FILES, regions
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
@@ -18,13 +22,17 @@ op=EXECUTE fsverity_signature=TRUE action=ALLOW
 """
 
 
-def run(emu: Runner, script: str, image: bytes) -> Booted:
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def run(emu: Runner, script: str, image: bytes, *options: str, programs: tuple[str, ...] = ("fsverity",)) -> Booted:
     tree = build_tree(emu.place / "tree", f"{MOUNTS}export PATH=/bin:/usr/sbin\n{script}\npoweroff -f\n")
-    add_programs(tree, "fsverity")
-    disk, keys = emu.place / "disk.img", emu.place / "trusted.pem"
-    disk.write_bytes(image)
-    keys.write_bytes((vectors.KEYS / "trusted.pem").read_bytes())
-    return boot(emu, tree, "--disk", f"vda={disk}", "--fsverity-keys", str(keys), policy=POLICY)
+    add_programs(tree, *programs)
+    disk = _written(emu.place / "disk.img", image)
+    keys = _written(emu.place / "trusted.pem", (vectors.KEYS / "trusted.pem").read_bytes())
+    return boot(emu, tree, "--disk", f"vda={disk}", *options, "--fsverity-keys", str(keys), policy=POLICY)
 
 
 def test_seals_decide_on_a_disk_and_through_an_overlay(emu: Runner) -> None:
@@ -71,3 +79,22 @@ def test_a_disk_with_a_broken_seal_is_not_judged(one: Runner, region: str) -> No
     assert "never" not in done.output
     assert done.status == 4
     assert "sealed by fs-verity" in done.errors
+
+
+def test_a_disk_that_is_mounted_for_writing_is_changed_by_it(one: Runner) -> None:
+    """Whoever then opens it as a verity device finds it corrupted, and beside it no mount is for reading."""
+    volume = protect(Kind.EXT4, _written(one.place / "volume.img", sealed_images.image(4096)))
+    script = f"""
+mkdir /a /b; mount -t ext4 -o ro /dev/vda /a; mount -t ext4 /dev/vda /b
+mount -t ext4 -o ro /dev/vda /b && umount /b; umount /a
+mount -t ext4 /dev/vda /a && umount /a && echo mounted for writing
+veritysetup open /dev/vda root /dev/vdb {volume.root_hash} && echo open
+mount -t ext4 -o ro /dev/mapper/root /a
+"""
+    done = run(one, script, sealed_images.image(4096), "--disk", f"vdb={volume.hash_image}", programs=("veritysetup",))
+    assert done.output == [
+        "mount: mounting /dev/vda on /b failed: Device or resource busy",
+        "mounted for writing",
+        "open",
+        "mount: mounting /dev/mapper/root on /a failed: Input/output error",
+    ]
