@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__"}),
     frozenset({"event", "policy", "pkcs7", "keyring", "integrity", "audit", "profiles"}),
-    frozenset({"lsm", "kernel_cmdline", "system_keyrings"}),
+    frozenset({"lsm", "ima", "kernel_cmdline", "system_keyrings"}),
     frozenset({"binfmt"}),
     frozenset({"volumes"}),
     frozenset({"ipe_securityfs", "exec_hook", "simulate"}),

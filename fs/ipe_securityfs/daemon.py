@@ -14,9 +14,10 @@ from typing import Final, NoReturn
 from attrs import evolve, frozen
 
 from ipe_emu.errors import CannotEmulateError, IpeEmuError, UserError
+from ipe_emu.event import File, Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
-from ipe_emu.lsm import Ipe
+from ipe_emu.lsm import Decision, Ipe
 from ipe_securityfs.clients import Credentials
 from ipe_securityfs.control import Server, held_lock, key_of, make_runtime_directory, sweep
 from ipe_securityfs.mount import Session
@@ -24,6 +25,8 @@ from ipe_securityfs.operations import MountedAs
 from ipe_securityfs.service import AuditTap, Service
 from ipe_securityfs.tree import Owner
 from ipe_securityfs.unmount import FILE_SYSTEM, detach_dead, mount_on, wait_for_helper
+
+_messages = logging.getLogger("ipe_emu.securityfs")
 
 _HOST_SECURITYFS: Final = "/sys/kernel/security"
 _STOP_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -223,7 +226,7 @@ def _serve(
     own_namespace = frozenset({procfs.namespace("self", "user")})
     mounted_as = MountedAs(Credentials(own_namespace, assume_for), facts, removable_at=place.mountpoint)
     owner = Owner(os.geteuid(), os.getegid())
-    session = Session(ipe, place.mountpoint, mounted_as, owner=owner, allow_other=is_root)
+    session = Session(ipe, place.mountpoint, mounted_as, owner=owner, allow_other=is_root, ima=_Log())
     log = str(place.log) if place.log else None
     mounted = Mounted(place.mountpoint, os.getpid(), log, options.assumes_mac_admin, tuple(_warnings()))
     service = Service(
@@ -251,6 +254,21 @@ def _serve(
         raise CannotEmulateError(f"{error}{_said_by_libfuse(place.log)}") from None
     finally:
         server.close()
+
+
+class _Log:
+    """Where a mount says what it cannot judge (``ima.Observer``)."""
+
+    def denied(self, subject: Subject, file: File, decision: Decision) -> None:
+        """Nothing: there is an audit record."""
+
+    def not_judged(self, subject: Subject, call: str, reason: str) -> None:
+        """Say it."""
+        _messages.warning("%s by %r refused: could not be judged: %s", call, subject.comm, reason)
+
+    def not_done(self, subject: Subject, call: str, what: str) -> None:
+        """Say it."""
+        _messages.warning("%s by %r accepted: %s", call, subject.comm, what)
 
 
 def _said_by_libfuse(log: Path | None) -> str:

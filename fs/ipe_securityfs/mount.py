@@ -11,6 +11,7 @@ import trio
 from attrs import evolve
 
 from ipe_emu.errors import CannotEmulateError
+from ipe_emu.ima import ImaPolicy, Observer
 from ipe_emu.linux import mounts
 from ipe_emu.lsm import Ipe
 from ipe_securityfs.operations import MountedAs, Operations
@@ -29,6 +30,7 @@ class Session:
 
     ``allow_other`` opens the mount to other users, as the kernel's is (mode bits decide); only root may ask for it.
     ``beside_others`` makes the securityfs the directory ``security`` of what is mounted, beside ``subtrees``.
+    With ``ima``, who is told what becomes of policies of IMA, there is a node for them.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Session:
         owner: Owner | None = None,
         allow_other: bool = False,
         beside_others: bool = False,
+        ima: Observer | None = None,
     ) -> None:
         self._target = target
         self._allow_other = allow_other
         names, known = lsm_list()
         if not known:
             log.info("this machine's /sys/kernel/security/lsm cannot be read; lsm shows %s", names.decode())
-        self.tree = Tree(ipe, lsm_list=names, owner=owner, beside_others=beside_others)
+        policy = None if ima is None else ImaPolicy(ipe, ima)
+        self.tree = Tree(ipe, lsm_list=names, owner=owner, beside_others=beside_others, ima=policy)
         #: None where the securityfs is all there is.
         self.subtrees = Subtrees(self.tree) if beside_others else None
         self._operations = Operations(ipe, self.tree, mounted_as)

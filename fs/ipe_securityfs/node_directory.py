@@ -6,8 +6,8 @@ import time
 from typing import Final
 
 from ipe_emu.errors import KernelError
-from ipe_securityfs.subtrees import NodeDirectory, SymbolicLink
-from ipe_securityfs.tree import Attributes, Node, Owner, Tree
+from ipe_securityfs.subtrees import NodeDirectory
+from ipe_securityfs.tree import Attributes, Node, Owner, SymbolicLink, Tree
 
 _RENAME_NOREPLACE: Final = 1
 

@@ -40,7 +40,7 @@ from ipe_emu.event import Subject
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux import procfs
 from ipe_emu.linux.mountinfo import OF_THIS_MACHINE, Superblocks
-from ipe_emu.lsm import WRITE_LIMIT, Ipe, Opener, Writer
+from ipe_emu.lsm import Ipe, Opener, Writer
 from ipe_securityfs import node_directory
 from ipe_securityfs.beside import OpenFiles
 from ipe_securityfs.clients import (
@@ -59,8 +59,8 @@ from ipe_securityfs.clients import (
 )
 from ipe_securityfs.policy_file import PolicyFileReader
 from ipe_securityfs.position import FilePosition
-from ipe_securityfs.subtrees import DiskFile, ImageFile, NodeDirectory, SymbolicLink, TextFile
-from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Owner, Tree
+from ipe_securityfs.subtrees import DiskFile, ImageFile, NodeDirectory, TextFile
+from ipe_securityfs.tree import NAME_MAX, Directory, File, Node, Owner, SymbolicLink, Tree
 
 Arguments = TypeVarTuple("Arguments")
 Value = TypeVar("Value")
@@ -73,10 +73,10 @@ _SECONDS_BETWEEN_LOOKS: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.1
 #: How long a removal may take to go through the mount; a client that is stopped inside it must not hold up another.
 _SECONDS_TO_REMOVE: Final = 2.0
+#: How long a close(2) that has returned may take to be heard of.
+_SECONDS_TO_CLOSE: Final = 0.2
 #: How long the opener alone is looked at, if it was running: nearly always it writes itself.
 _SECONDS_TO_SEE_OPENER: Final = 0.02
-#: What kstrtobool_from_user() copies.
-_BOOLEAN_LENGTH: Final = 3
 _PAGE: Final = 4096
 #: For what only a setattr changes, which the kernel sees itself.
 _AS_LONG_AS_MOUNTED: Final = 1e6
@@ -120,7 +120,7 @@ class _Handle:
     """One open file description: ``tid`` opened it, with the credentials ``opener``.
 
     ``shows_size`` is for those whose reader might still use sendfile(2), ``position`` for those that can both read and
-    write.
+    write. ``moved`` is how far writes have moved FUSE's position of one whose own position no write moves.
     """
 
     node: File
@@ -129,6 +129,7 @@ class _Handle:
     position: FilePosition | None
     shows_size: bool = False
     rest: _Rest | None = None
+    moved: int = 0
 
 
 @define(eq=False)
@@ -365,6 +366,8 @@ class Operations(pyfuse3.Operations):
             raise _refused(errno.EINVAL, "O_DIRECT is unknown here", "do_dentry_open")
         if node.alias:
             self._ipe.note_alias_use()
+        if node.exclusive:
+            await _take(node, flags)
         if flags & os.O_TRUNC:
             node.attributes.size = 0
         access = flags & os.O_ACCMODE
@@ -488,8 +491,11 @@ class Operations(pyfuse3.Operations):
         handle = self._handles.pop(fh, None)
         if handle is None:
             self._beside.release(fh)
-        elif handle.shows_size:
+            return
+        if handle.shows_size:
             handle.node.readers -= 1
+        if handle.node.exclusive:
+            handle.node.taken = False
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         if self._beside.has(fh):
@@ -501,7 +507,7 @@ class Operations(pyfuse3.Operations):
     def _is_plain(self, handle: _Handle, length: int) -> bool:
         """Whether the opener waits in a write(2) of a boolean, and of nothing else."""
         node = handle.node
-        if node.takes_policy or handle.position is not None or handle.rest is not None:
+        if node.takes_policy or node.names_file or handle.position is not None or handle.rest is not None:
             return False
         return waits_in_plain_write(handle.tid, node.ino, length, self._kept.record)
 
@@ -515,15 +521,18 @@ class Operations(pyfuse3.Operations):
             _move(handle, rest.write, offset + taken)
             return taken
         unsigned = node.takes_policy and self._ipe.profile.unsigned_policies and data[:1] != b"\x30"
-        write = await self._who_writes(handle, data, compare=unsigned)
-        if unsigned and write is not None:
+        of_program = unsigned or node.names_file
+        write = await self._who_writes(handle, data, compare=of_program)
+        if of_program and write is not None:
             writer = self._program_in(handle, write)
         else:
             writer = self._writer_in(handle, handle.tid if write is None else write.tid)
+        if write is not None and node.names_file:
+            _check_position(handle, write, offset)
         if write is None or (write.count == len(data) and len(write.segments) == 1):
-            await self._judge(node, data, writer)
-            _move(handle, write, offset + len(data))
-            return len(data)
+            taken = await self._judge(node, data, writer)
+            _move(handle, write, offset + taken)
+            return taken
         done = await self._write_segments(handle, data, write, writer)
         if done > len(data) and write.goes_on_after(len(data)):
             handle.rest = _Rest(write, offset + len(data), done - len(data))
@@ -544,7 +553,7 @@ class Operations(pyfuse3.Operations):
         if write is not None and write.has_flags:
             raise KernelError(errno.EOPNOTSUPP, "securityfs knows no flags of pwritev2", "do_loop_readv_writev")
         if write is None:
-            if not handle.opener.cap_mac_admin:
+            if not handle.opener.cap_mac_admin and not handle.node.names_file:
                 return None
             error = KernelError(errno.EACCES, _why_not_seen(handle.tid), "")
             log.warning("%s: write refused: %s", handle.node.path, error.reason)
@@ -591,46 +600,48 @@ class Operations(pyfuse3.Operations):
                     content = await self._copied_in(handle, write, segment)
                 else:
                     content = data[done : done + segment.length]
-                await self._judge(handle.node, content, writer)
+                taken = await self._judge(handle.node, content, writer)
             except KernelError:
                 if done:
                     break
                 raise
+            if taken < len(content):
+                return done + taken
             done += segment.length
         return done
 
     async def _copied_in(self, handle: _Handle, write: WaitingWrite, segment: Segment) -> bytes:
         """Return what the kernel copies of a segment; EFAULT where that is not all mapped, as from copy_from_user()."""
-        takes_policy = handle.node.takes_policy
-        wanted = min(segment.length, WRITE_LIMIT if takes_policy else _BOOLEAN_LENGTH)
+        node = handle.node
+        wanted = min(segment.length, node.copied)
         try:
             return await _from_writer(procfs.copy_from_user, write.tid, segment.address, wanted)
         except KernelError as error:
             refused = error
-            if not handle.opener.cap_mac_admin:  # every handler asks that first
-                refused = KernelError(errno.EPERM, "the node was opened without CAP_MAC_ADMIN", handle.node.path)
-            if takes_policy:
+            if not handle.opener.cap_mac_admin and not node.names_file:  # every handler of ours asks that first
+                refused = KernelError(errno.EPERM, "the node was opened without CAP_MAC_ADMIN", node.path)
+            if node.takes_policy:
                 self._ipe.refuse_load(refused, self._writer_in(handle, write.tid))
             raise refused from None
 
-    async def _judge(self, node: File, content: bytes, writer: Writer) -> None:
-        """Put what was written to the model."""
+    async def _judge(self, node: File, content: bytes, writer: Writer) -> int:
+        """Put what was written to the model; return how much of it was taken."""
         assert node.write is not None  # noqa: S101 - asked in _write
         if not node.takes_policy:
             if node.waits:
-                await trio.to_thread.run_sync(node.write, content, writer)
+                taken = await trio.to_thread.run_sync(node.write, content, writer)
             else:
-                node.write(content, writer)
+                taken = node.write(content, writer)
             if node.removed and node.parent is not None:
                 await self._remove_through_mount(node.parent)
-            return
+            return taken
         if _ONLY_HEADER.fullmatch(content):
             log.warning(
                 "%s: this write holds nothing but a policy's first line. One write(2) is one policy, and echo and"
                 " printf of bash write line by line: use cat FILE > NODE, or dd bs=64k",
                 node.path,
             )
-        await trio.to_thread.run_sync(node.write, content, writer)
+        return await trio.to_thread.run_sync(node.write, content, writer)
 
     def _opener_as_writer(self, handle: _Handle) -> Writer:
         """Return the opener as the writer: the one of the last time if it was that, and nobody asks for names."""
@@ -648,7 +659,7 @@ class Operations(pyfuse3.Operations):
         return Writer(handle.opener, subject, login=functools.partial(self.mounted_as.credentials.login, tid))
 
     def _program_in(self, handle: _Handle, write: WaitingWrite) -> Writer:
-        """Return a writer of an unsigned policy, of whom it matters which program it is."""
+        """Return a writer of an unsigned policy or a path, of whom it matters which program it is."""
         try:
             subject = subject_of(write.tid, self.mounted_as.pid_level)
         except (OSError, ValueError, LookupError) as error:
@@ -717,6 +728,25 @@ async def _from_writer(read: Callable[[*Arguments], Value], *arguments: *Argumen
         raise KernelError(errno.EACCES, f"the writer's memory cannot be read: {error}", "") from None
 
 
+async def _take(node: File, flags: int) -> None:
+    """Open a node that can be open once at a time, and for writing (``ima_open_policy()``)."""
+    if not flags & os.O_WRONLY:
+        raise _refused(errno.EACCES, "the policy cannot be read (CONFIG_IMA_READ_POLICY)", "ima_open_policy")
+    # FUSE lets close(2) return before it tells of it.
+    with trio.move_on_after(_SECONDS_TO_CLOSE):
+        while node.taken:
+            await trio.sleep(_SECONDS_BETWEEN_LOOKS)
+    if node.taken:
+        raise _refused(errno.EBUSY, "somebody has it open", "ima_open_policy")
+    node.taken = True
+
+
+def _check_position(handle: _Handle, write: WaitingWrite, offset: int) -> None:
+    """Refuse a write that is not at the beginning; writes at the position move FUSE's and not the kernel's."""
+    if offset != (handle.moved if write.moves_position else 0):
+        raise KernelError(errno.EINVAL, "only a write at the beginning counts", "ima_write_policy")
+
+
 def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
     taken = min(length, rest.remaining)
     if rest.remaining > taken:
@@ -725,7 +755,11 @@ def _take_from_rest(handle: _Handle, rest: _Rest, length: int) -> int:
 
 
 def _move(handle: _Handle, write: WaitingWrite | None, end: int) -> None:
-    if handle.position is not None and write is not None and write.moves_position:
+    if write is None or not write.moves_position:
+        return
+    if handle.node.names_file:
+        handle.moved = end
+    if handle.position is not None:
         handle.position.has_written(end)
 
 

@@ -73,13 +73,6 @@ class TextFile(Node):
 
 
 @define(eq=False)
-class SymbolicLink(Node):
-    """A symbolic link in a `NodeDirectory`."""
-
-    target: bytes
-
-
-@define(eq=False)
 class NodeDirectory(Directory):
     """A directory of device nodes and links to them in which names can be removed and changed, as in a devtmpfs.
 

@@ -14,13 +14,16 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from ipe_emu.lsm import Ipe, LoadedPolicy, PolicyAdded, PolicyRemoved, Writer
+from ipe_emu.ima import LONGEST_WRITE, ImaPolicy
+from ipe_emu.lsm import WRITE_LIMIT, Ipe, LoadedPolicy, PolicyAdded, PolicyRemoved, Writer
 
 ROOT_INO = 1
 #: The name of the securityfs's root in a file system that has other subtrees.
 SECURITY = b"security"
 #: The longest name simple_lookup() knows; beyond it is ENAMETOOLONG.
 NAME_MAX = 255
+#: What kstrtobool_from_user() copies.
+BOOLEAN_LENGTH = 3
 
 ReadNode = Callable[[], bytes]
 WriteNode = Callable[[bytes, Writer], int]
@@ -102,12 +105,27 @@ class File(Node):
     write: WriteNode | None = None
     #: Whether a write is a whole policy (copied in by memdup_user()) and not a boolean, of which three bytes count.
     takes_policy: bool = False
+    #: How many bytes of a write are copied in at most.
+    copied: int = BOOLEAN_LENGTH
+    #: Whether a write may name a file, which is opened as the writer would open it, whatever capabilities he has.
+    names_file: bool = False
+    #: Whether it can be open once at a time, and for writing alone (``ima_open_policy()``).
+    exclusive: bool = False
     #: Whether writing takes the lock of a policy's directory, which an update holds while it verifies and reads files.
     waits: bool = False
     #: Whether this is the name ``activate``, which no released kernel has.
     alias: bool = False
     #: How many open descriptors show a size, because they may yet be read by sendfile(2).
     readers: int = field(default=0, init=False)
+    #: Whether an ``exclusive`` one is open.
+    taken: bool = field(default=False, init=False)
+
+
+@define(eq=False)
+class SymbolicLink(Node):
+    """A symbolic link."""
+
+    target: bytes
 
 
 @frozen
@@ -123,10 +141,18 @@ class Tree:
 
     ``root`` is the securityfs's. It is the root of the file system as well, or, with ``beside_others``, the directory
     ``security`` in one that has other subtrees too (`subtrees`): then only a clone of that directory is to be mounted
-    where a securityfs belongs.
+    where a securityfs belongs. With ``ima`` there is also the node of IMA's policy.
     """
 
-    def __init__(self, ipe: Ipe, *, lsm_list: bytes, owner: Owner | None = None, beside_others: bool = False) -> None:
+    def __init__(
+        self,
+        ipe: Ipe,
+        *,
+        lsm_list: bytes,
+        owner: Owner | None = None,
+        beside_others: bool = False,
+        ima: ImaPolicy | None = None,
+    ) -> None:
         self._ipe = ipe
         self._owner = owner or Owner()
         self._inos = itertools.count(ROOT_INO + 1)
@@ -146,6 +172,8 @@ class Tree:
         self._file(top, b"enforce", 0o600, read=ipe.getenforce, write=ipe.setenforce)
         self.policies = self._directory(top, b"policies")
         self._file(top, b"new_policy", 0o200, write=ipe.new_policy, takes_policy=True)
+        if ima is not None:
+            self._add_ima(ima)
         for node in self:
             node.permanent = True
         for directory in (self.root, top):  # not policies, whose links are counted
@@ -277,6 +305,20 @@ class Tree:
         for node in (directory, *directory.children.values(), *directory.aliases.values()):
             self._let_go(node)
 
+    # -- IMA ------------------------------------------------------------------------------------------------------
+
+    def _add_ima(self, ima: ImaPolicy) -> None:
+        """Make what ``ima_fs_init()`` makes, of its nodes the one that matters to IPE.
+
+        Without CONFIG_IMA_READ_POLICY nobody reads it; with CONFIG_IMA_WRITE_POLICY it can be written again and again.
+        """
+        directory = self._directory(self._directory(self.root, b"integrity"), b"ima")
+        policy = self._file(directory, b"policy", 0o200, write=ima.write, waits=True)
+        policy.copied, policy.names_file, policy.exclusive = LONGEST_WRITE, True, True
+        attributes = self.attributes(stat.S_IFLNK | 0o444)
+        link = SymbolicLink(next(self._inos), attributes, self.root, b"ima", b"integrity/ima")
+        self.root.children[link.name] = self._nodes[link.ino] = link
+
     # -- making nodes ---------------------------------------------------------------------------------------------
 
     def attributes(self, mode: int) -> Attributes:
@@ -302,6 +344,8 @@ class Tree:
     ) -> File:
         attributes = self.attributes(stat.S_IFREG | mode)
         node = File(next(self._inos), attributes, parent, name, read, write, takes_policy=takes_policy, waits=waits)
+        if takes_policy:
+            node.copied = WRITE_LIMIT
         parent.children[name] = self._nodes[node.ino] = node
         return node
 

@@ -140,7 +140,9 @@ class OwnEmulator:
             image.on_corruption = functools.partial(self._corrupted, sandbox, report, name)
             image.verify_signature(self._ipe.keyrings, self._ipe.profile)
         texts = {"keys": self._keyctl.proc_keys}
-        self._server.serve(fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images, texts))
+        self._server.serve(
+            fuse, Served(self._ipe, self._known, surroundings, self.superblocks, self.images, report, texts)
+        )
         for name, image in self.images.items():
             try:
                 device, root, helper = sandbox.volume()

@@ -34,7 +34,7 @@ class Denial:
 
 @define(eq=False)
 class Report:
-    """Collects while the hook answers (see ``hook.Observer``), in its thread; read when that has ended."""
+    """Collects while the hook answers (see ``hook.Observer``), from any thread; read when that has ended."""
 
     denied_events: int = field(default=0, init=False)
     failures: list[str] = field(factory=list, init=False)
@@ -48,24 +48,27 @@ class Report:
         """Note an event that was denied."""
         path = event.file.path if event.file is not None else None
         by = deciding_statement(decision.verdict) if decision.verdict is not None else "?"
-        self.denied_events += 1
-        _count(self._denials, Denial(event.operation, event.hook, path, by))
+        with self._lock:
+            self.denied_events += 1
+            _count(self._denials, Denial(event.operation, event.hook, path, by))
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """Note a call that could not be judged."""
-        _count(self._unjudged, f"{call} of {_name_of(subject)}: {reason}")
+        with self._lock:
+            _count(self._unjudged, f"{call} of {_name_of(subject)}: {reason}")
 
     def not_done(self, subject: Subject | None, call: str, what: str) -> None:
         """Note a call that returned success without being carried out."""
-        _count(self._undone, f"{call} of {_name_of(subject)}: {what}")
+        with self._lock:
+            _count(self._undone, f"{call} of {_name_of(subject)}: {what}")
 
     def corrupted(self, what: str) -> None:
-        """Note, from any thread, that a block of a volume is not what its root hash vouches for: reading it failed."""
+        """Note that a block of a volume is not what its root hash vouches for: reading it failed."""
         with self._lock:
             _count(self._corrupted, what)
 
     def failed(self, what: str) -> None:
-        """Note, from any thread, that a part of the emulator failed: nothing that it answered since counts."""
+        """Note that a part of the emulator failed: nothing that it answered since counts."""
         with self._lock:
             self.failures.append(what)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from attrs import field, frozen
 
-from ipe_emu.exec_hook.hook import ExecHook
+from ipe_emu.exec_hook.hook import ExecHook, Observer
+from ipe_emu.exec_hook.ima import Reported
 from ipe_emu.exec_hook.sandbox import Fuse, Surroundings
 from ipe_emu.integrity.sources import FactsSource
 from ipe_emu.linux.mountinfo import Superblocks
@@ -113,6 +114,7 @@ class Served:
     surroundings: Surroundings
     superblocks: Superblocks
     images: "Mapping[str, Content]"
+    observer: Observer
     texts: Mapping[str, Callable[[], bytes]] = field(factory=dict)
 
 
@@ -176,7 +178,9 @@ def _session(fuse: Fuse, served: Served) -> "Session":
     )
     owner = Owner(surroundings.root, surroundings.root)
     target = f"/dev/fd/{fuse.descriptor}"
-    session = Session(served.ipe, target, mounted_as, owner=owner, beside_others=beside_others)
+    session = Session(
+        served.ipe, target, mounted_as, owner=owner, beside_others=beside_others, ima=Reported(served.observer)
+    )
     for name, content in served.images.items():
         assert session.subtrees is not None  # noqa: S101 - it has others beside it
         session.subtrees.add_image(name.encode(), content)

@@ -19,6 +19,7 @@ from ipe_emu.exec_hook.caller import Caller
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.execve import plan_execve, plan_execveat, read_path
 from ipe_emu.exec_hook.footing import Kind
+from ipe_emu.exec_hook.ima import Reported
 from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.overlays import Overlays
@@ -546,7 +547,9 @@ def _session(
         names_writers=True,
     )
     owner = Owner(rehearsal.root, rehearsal.root)
-    session = Session(ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner, beside_others=True)
+    session = Session(
+        ipe, f"/dev/fd/{descriptor}", mounted_as, owner=owner, beside_others=True, ima=Reported(rehearsal)
+    )
     if session.subtrees is not None:
         session.subtrees.add_text(b"cmdline", lambda: rehearsal.options.cmdline + b"\n")
         session.subtrees.add_text(b"keys", rehearsal.keyctl.proc_keys)

@@ -1,4 +1,4 @@
-"""Recorded decisions of two kernels, replayed record for record: volumes, overlays and bind mounts of real images.
+"""Recorded decisions of two kernels, replayed record for record: nodes, and volumes and overlays of real images.
 
 `ipe-emu run` mounts the images; inside it a Python process is the recorder.
 """
@@ -22,8 +22,8 @@ from attrs import define
 from ipe_emu.volumes.recognise import Kind
 from tests import vectors
 from tests.exec_hook.running import LIMIT, Runner, runner
-from tests.exec_hook.test_decisions import LEFT_OUT, STEPS, normalised
-from tests.rootless import ROOT
+from tests.exec_hook.test_decisions import ON_NODES, STEPS, normalised
+from tests.rootless import ROOT, UID
 from tests.vectors import KEYS
 from tests.volumes.images import Volume, make_volume
 from tests.volumes.test_image import signature
@@ -52,6 +52,7 @@ for name, lower in (("ovl", "mnt/dmvs"), ("ovlt", "t")):
 os.utime("mnt/ovl/bin/hello")
 shutil.copy("mnt/dmvs/bin/hello_static", "mnt/ovl/bin/hello_new")
 mount("mnt/dmvs/bin", "mnt/bind", "none", MS_BIND)
+mount("/sys/kernel/security", "sys/kernel/security", "none", MS_BIND)
 enforce = os.open("/sys/kernel/security/ipe/enforce", os.O_WRONLY)
 os.chroot(".")
 os.chdir("/")
@@ -111,7 +112,7 @@ def recorder(emu: Runner, root: Path, *options: str) -> Iterator[Recorder]:
 
 
 def groups(kernel: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rules of each policy, and its steps on volumes."""
+    """The rules of each policy, and its steps on volumes and nodes."""
     rules, group = "", list[dict[str, Any]]()
     for line in [*vectors.load(kernel, "integrity-decisions"), {"rules": ""}]:
         if "rules" in line:
@@ -120,7 +121,7 @@ def groups(kernel: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             rules, group = line["rules"], []
         else:
             touched = json.dumps([line["args"], line["audit"]])
-            if "/mnt/" in touched and "/mnt/fsv" not in touched and line["op"] not in LEFT_OUT:
+            if line["op"] == ON_NODES or ("/mnt/" in touched and "/mnt/fsv" not in touched):
                 assert line["enforce"]
                 group.append(line)
 
@@ -145,6 +146,8 @@ def test_recorded_decisions_on_volumes(kernel: str, kind: Kind, plain_user: bool
     volume.hash_image.chmod(0o644)
     signed = volume.option(root / "mnt/dmvs", f"signature={signature(volume.root_hash, tmp_path)}")
     emu = runner(tmp_path, plain_user=plain_user)
+    if plain_user:  # who gets no lease of another user's file, and so has no rules read from it
+        os.chown(root / "t/ima.pol", UID, UID)
     count = 0
     for rules, group in groups(kernel):
         policy = tmp_path / "boot.pol"
@@ -160,7 +163,7 @@ def test_recorded_decisions_on_volumes(kernel: str, kind: Kind, plain_user: bool
                 want = [normalised(record["text"]) for record in step["audit"]]
                 assert (result, got) == (step["result"], want), (step["policy"], step["op"], step["args"])
                 count += 1
-    assert count == 266
+    assert count == 282
 
 
 def comparable(text: str, volume: Volume) -> str:

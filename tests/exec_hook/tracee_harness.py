@@ -240,8 +240,9 @@ def build_tree(root: Path) -> Path:
     for name, content in executables.items():
         (here / name).write_bytes(content)
         (here / name).chmod(0o755)
-    for name in ("mod.ko", "kernel", "ima.pol"):
+    for name in ("mod.ko", "kernel"):
         (here / name).write_bytes(b"neither a module nor a kernel\n" * 100)
+    (here / "ima.pol").write_bytes(b"# of IMA\ndont_measure fsmagic=0x9fa0\naudit func=BPRM_CHECK\n")
     (here / "out").symlink_to("/run/t/bin/hello_static")
     return root
 

@@ -72,6 +72,20 @@ def test_an_unsigned_policy_takes_over_and_a_new_root_runs(emu: Runner) -> None:
     assert "done here, refused by linux-7.3: 1; the first: unsigned policy Lockdown" in done.errors
 
 
+def test_a_policy_of_ima_is_read_by_ipes_leave(emu: Runner) -> None:
+    script = f"""{MOUNTS}
+    echo /etc/ima.pol > /sys/kernel/security/ima/policy || echo refused
+    mount -t tmpfs none /tmp && cp /etc/ima.pol /tmp
+    echo /tmp/ima.pol > /sys/kernel/security/ima/policy || echo refused
+    poweroff -f
+    """
+    done = boot(emu, build_tree(emu.place / "tree", script, {"etc/ima.pol": "audit func=BPRM_CHECK\n"}))
+    assert done.output == ["sh: write error: Permission denied", "refused"]
+    assert 'comm="init" path="/tmp/ima.pol" dev="tmpfs"' in done.record("ipe_op=POLICY ipe_hook=KERNEL_READ")
+    assert "/tmp/ima.pol on tmpfs" in done.errors
+    assert "not done: write to ima/policy: 1 rule(s) of IMA are not in force (by init, pid 1)" in done.errors
+
+
 def test_the_new_root_is_not_boot_verified(emu: Runner) -> None:
     tree = build_tree(emu.place / "tree", TAKE_OVER, {"etc/new.pol": STRICT, "etc/newinit": NEW_INIT})
     done = boot(emu, tree)

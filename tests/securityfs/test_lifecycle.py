@@ -249,7 +249,7 @@ def test_it_looks_like_securityfs(mount: Mount) -> None:
     assert (emulator.directory / "lsm").read_bytes().split(b",")[-1:] == [b"ipe"] or b"ipe" in (
         emulator.directory / "lsm"
     ).read_bytes()
-    assert {path.name for path in emulator.directory.iterdir()} == {"lsm", "ipe"}
+    assert {path.name for path in emulator.directory.iterdir()} == {"lsm", "ipe", "integrity", "ima"}
 
 
 def test_bash_s_lines_get_a_hint_in_the_log(directory: Path) -> None:
