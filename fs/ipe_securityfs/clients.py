@@ -192,7 +192,8 @@ def waiting_write(tid: int, ino: int) -> WaitingWrite | None:
     else:
         return None
     fd &= 0xFFFFFFFF
-    if procfs.descriptor_inode(tid, fd) != ino:
+    # One that was stopped has its answer, or has not called yet: it is not what waits for one.
+    if procfs.descriptor_inode(tid, fd) != ino or procfs.is_stopped(tid):
         return None
     return WaitingWrite(tid, call, fd, segments)
 

@@ -59,6 +59,17 @@ ipe-emu boot --boot-policy boot.pol --html report.html --json report.json initrd
         help="when the init process executes one of another root, run this there too, by a shell; its end is the end",
     )
     parser.add_argument(
+        "--shell",
+        action="store_true",
+        help="when the machine has come to its end, stop it there and open a shell in it, on this terminal; the report"
+        " follows. The shell is a busybox of yours; what it does does not count",
+    )
+    parser.add_argument(
+        "--shell-on-denial",
+        action="store_true",
+        help="the same where something is denied, or not judged, for the first time; then the machine goes on",
+    )
+    parser.add_argument(
         "--disk",
         action="append",
         default=[],
@@ -86,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
     """Boot the image."""
     if args.then is not None and args.until == "switch-root":
         raise UserError("--then and --until switch-root: there the rehearsal ends before anything runs")
+    wants_shell = args.shell or args.shell_on_denial
+    if wants_shell and not (os.isatty(0) and os.isatty(1)):
+        option = "--shell" if args.shell else "--shell-on-denial"
+        raise UserError(f"{option}: standard input and output must be a terminal: somebody has to type")
     profile = announce(args.kernel)
     from ipe_emu.exec_hook.sandbox import SignalledError
     from ipe_emu.kernel_cmdline import parse_cmdline
@@ -95,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from ipe_emu.rehearse.events import Interrupted, NotJudged, Timeline
     from ipe_emu.rehearse.image.open import open_image
     from ipe_emu.rehearse.report import summarise
+    from ipe_emu.rehearse.shell import Program
     from ipe_emu.rehearse.watch import WatchedIpe
 
     devices = BlockDevices()
@@ -125,6 +141,9 @@ def run(args: argparse.Namespace) -> int:
             timeout=args.timeout,
             stop_at_switch_root=args.until == "switch-root",
             then=args.then,
+            shell_program=Program.open() if wants_shell else None,
+            shell_at_end=args.shell,
+            shell_on_denial=args.shell_on_denial,
             release=image.uname,
         )
         signalled: int | None = None

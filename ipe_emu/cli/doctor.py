@@ -73,13 +73,28 @@ def _needs(command: str, probe: "Probe") -> bool:
 
 def _programs_of_images() -> "list[Probe]":
     """Whether the programs are there that read images: volumes of ``run``, what ``boot`` boots and its disks."""
+    from ipe_emu.rehearse import shell
     from ipe_emu.volumes import programs
 
     of_file_systems = [
         _program(name, programs.find(kind), programs.PACKAGES[name], f"run --volume and boot --disk: {kind.value}")
         for kind, name in programs.PROGRAMS.items()
     ]
-    return [*of_file_systems, _program("lzop", shutil.which("lzop"), "lzop", "boot: an image compressed with lzo")]
+    return [
+        *of_file_systems,
+        _program("lzop", shutil.which("lzop"), "lzop", "boot: an image compressed with lzo"),
+        _program("busybox", _static_busybox(), shell.PACKAGE, "boot --shell: one that needs no libraries"),
+    ]
+
+
+def _static_busybox() -> str | None:
+    from ipe_emu.errors import CannotEmulateError
+    from ipe_emu.rehearse.shell import static_busybox
+
+    try:
+        return str(static_busybox())
+    except CannotEmulateError:
+        return None
 
 
 def _program(name: str, found: str | None, package: str, use: str) -> "Probe":

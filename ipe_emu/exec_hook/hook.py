@@ -107,8 +107,11 @@ class Judge(Protocol):
 class Observer(Protocol):
     """Who is told, in the thread that answers, what the report of a rehearsal must say."""
 
-    def denied(self, event: Event, decision: Decision) -> None:
-        """An event was denied, and its call failed or its process died."""
+    def denied(self, event: Event, decision: Decision) -> bool:
+        """An event was denied: its call fails or its process dies.
+
+        Return True for a process that is stopped for good, and is to be kept as it is for somebody to look at.
+        """
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """A call could not be judged. It failed with EPERM; ``subject`` is None if not even its caller is known."""
@@ -224,10 +227,10 @@ class ExecHook:
                 except NotJudgedError as error:
                     return Refuse(str(error))
                 if decision.errno:
-                    self._observer.denied(event, decision)
+                    kept = self._observer.denied(event, decision)
                     return (
                         _Kill()
-                        if event.after_point_of_no_return
+                        if event.after_point_of_no_return and not kept
                         else Fail(KernelError(decision.errno, "denied by IPE"))
                     )
             try:

@@ -44,13 +44,14 @@ class Report:
     _corrupted: Counter[str] = field(factory=Counter, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
 
-    def denied(self, event: Event, decision: Decision) -> None:
+    def denied(self, event: Event, decision: Decision) -> bool:
         """Note an event that was denied."""
         path = event.file.path if event.file is not None else None
         by = deciding_statement(decision.verdict) if decision.verdict is not None else "?"
         with self._lock:
             self.denied_events += 1
             _count(self._denials, Denial(event.operation, event.hook, path, by))
+        return False
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """Note a call that could not be judged."""

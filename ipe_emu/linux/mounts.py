@@ -56,6 +56,11 @@ def make_private() -> None:
     syscalls.call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
 
 
+def mount(kind: bytes, target: bytes) -> None:
+    """Mount a file system that has no device, by the call that a filter may answer (mount(2))."""
+    syscalls.call("mount", kind, target, kind, 0, None)
+
+
 def clone(path: Path, *, recursive: bool, follow: bool = True) -> int:
     """Return a detached copy of the mount at ``path``, and with ``recursive`` of those below it, as a descriptor.
 

@@ -323,6 +323,15 @@ def parent(pid: int) -> int:
     return int(_status_field(pid, b"PPid"))
 
 
+def is_stopped(tid: int) -> bool:
+    """Whether a thread was stopped, by a signal or a tracer.
+
+    /proc shows the call that it returns from as if it waited in it. One that waits indeed, and is to be stopped as it
+    returns, is not stopped yet.
+    """
+    return _status_field(tid, b"State").strip()[:1] in (b"T", b"t")
+
+
 def is_first_of_child_namespace(pid: int) -> bool:
     """Whether a process is PID 1 of a pid namespace that is a direct child of this /proc's."""
     return _status_field(pid, b"NStgid").split()[1:] == [b"1"]

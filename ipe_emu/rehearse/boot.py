@@ -23,9 +23,9 @@ from ipe_emu.exec_hook.ima import Reported
 from ipe_emu.exec_hook.keyctl import Keyctl
 from ipe_emu.exec_hook.modules import Modules
 from ipe_emu.exec_hook.overlays import Overlays
-from ipe_emu.exec_hook.plan import Continue, Perform, Plan
+from ipe_emu.exec_hook.plan import Continue, Perform, Plan, Return
 from ipe_emu.exec_hook.plan import Event as AskedEvent
-from ipe_emu.exec_hook.sandbox import Sandbox
+from ipe_emu.exec_hook.sandbox import Sandbox, SignalledError
 from ipe_emu.exec_hook.supervisor import Answering, Notifications, SecurityFsServer
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.integrity.facts import Digest, Facts
@@ -35,6 +35,7 @@ from ipe_emu.kernel_cmdline import parse_cmdline, words
 from ipe_emu.linux import openat2, process, procfs, statx
 from ipe_emu.linux.inotify import InodeWatch
 from ipe_emu.linux.mountinfo import MountEntry, Superblocks
+from ipe_emu.linux.process import SignalInfo
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
 from ipe_emu.profiles import Profile
@@ -44,7 +45,7 @@ from ipe_emu.rehearse.block.probe import Probed
 from ipe_emu.rehearse.blueprint import BootBlueprint
 from ipe_emu.rehearse.console import Console
 from ipe_emu.rehearse.disks import TEXT_FILES, Disks
-from ipe_emu.rehearse.events import Timeline
+from ipe_emu.rehearse.events import Event, Timeline
 from ipe_emu.rehearse.facts import SuperblockFacts
 from ipe_emu.rehearse.file_systems import KINDS, BlockFileSystems
 from ipe_emu.rehearse.image.open import Image
@@ -54,7 +55,9 @@ from ipe_emu.rehearse.mounting import EVERY_MACHINE_HAS, FILE_SYSTEMS, Mounting,
 from ipe_emu.rehearse.power import Power
 from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
+from ipe_emu.rehearse.shell import DebuggingShell, Program
 from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.verdict import fails
 from ipe_emu.rehearse.watch import WatchedIpe
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ _ABSENT: Final = (
 )
 #: How many pid namespaces below ours the machine's is: that of the keeper lies between.
 _PID_DEPTH: Final = 2
+#: The init process, as the machine sees it.
+_PID_OF_INIT: Final = 1
 #: How many file systems the machine gives, if its devpts is among them.
 _WITH_DEVPTS: Final = 4
 #: The level that a line written to /dev/kmsg may begin with.
@@ -94,6 +99,8 @@ class BootOptions:
     ``timeout`` is in seconds, None for no end.
     ``stop_at_switch_root`` ends the rehearsal where the init process executes a program of another root.
     ``then`` is a command that is run by a shell when it does, whose end is that of the rehearsal.
+    A shell (``shell_program``) is opened for a person when the machine has come to its end (``shell_at_end``), and when
+    something is denied or not judged for the first time (``shell_on_denial``).
     ``release`` is the kernel's, if the image says it.
     ``unshiftable`` says what the machine sees whose files cannot be given to other ids, if anything is. ``devices`` are
     the disks, ``probe`` finds what is on them.
@@ -106,6 +113,9 @@ class BootOptions:
     timeout: float | None = None
     stop_at_switch_root: bool = False
     then: str | None = None
+    shell_program: Program | None = None
+    shell_at_end: bool = False
+    shell_on_denial: bool = False
     release: str | None = None
     unshiftable: str | None = None
     devices: BlockDevices = field(factory=BlockDevices)
@@ -181,15 +191,19 @@ class _Rehearsal:
     file_systems: BlockFileSystems = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
+    shell: DebuggingShell = field(init=False)
     orders: Channel = field(init=False)
     _ipe: WatchedIpe = field(init=False)
     _answering: Answering = field(init=False)
-    _command: Notifications | None = field(default=None, init=False)
+    _commands: list[Notifications] = field(factory=list, init=False)
     _sandbox: Sandbox = field(init=False)
     _init: int = field(default=-1, init=False)
     _init_pid: int = field(default=0, init=False)
     _ended: bool = field(default=False, init=False)
     _switched: bool = field(default=False, init=False)
+    _killed: float | None = field(default=None, init=False)
+    _looked_at_denial: bool = field(default=False, init=False)
+    _refusals_before: int = field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.power = Power(self._end)
@@ -197,6 +211,9 @@ class _Rehearsal:
         self.console.on_sysrq = self.power.sysrq
         self.console.on_escape = lambda: os.kill(os.getpid(), signal.SIGINT)
         self.timeline.subscribe(Live(self.console.say, coloured=os.isatty(2)).tell)
+        self.shell = DebuggingShell(self.options.shell_program, self.timeline, self.console, lambda: self.orders)
+        if self.options.shell_on_denial:
+            self.timeline.subscribe(self._look_at_denial)
         devices = self.options.devices
         self.file_systems = BlockFileSystems(devices, self.agent, self.superblocks, self.facts.by_device, _PID_DEPTH)
         known: FactsSource = self.facts
@@ -233,7 +250,15 @@ class _Rehearsal:
             *self.uname.traps,
             Trap("execve", functools.partial(self._plan_execve, plan_execve, 0)),
             Trap("execveat", functools.partial(self._plan_execve, plan_execveat, 1)),
+            *self._exits,
         )
+
+    @property
+    def _exits(self) -> Sequence[Trap]:
+        """What a machine that somebody wants to look at in the end must not get through with."""
+        if not self.options.shell_at_end:
+            return ()
+        return (Trap("exit_group", self._plan_exit_group), Trap("exit", self._plan_exit))
 
     def run(self, sandbox: Sandbox) -> WatchedIpe:
         """Prepare the machine, start it, and wait for its end."""
@@ -242,6 +267,7 @@ class _Rehearsal:
         server.start()
         try:
             self._ipe = ipe = self.options.make_ipe(self.timeline)
+            ipe.spares = self.shell.spares
             unsealed = parse_cmdline(self.options.cmdline).dm_verity_keyring_unsealed
             self.keyctl.begin(ipe, self.root, dm_verity_unsealed=unsealed)
             fuse = sandbox.expect("fuse")
@@ -284,8 +310,8 @@ class _Rehearsal:
                     self._command_ended(None)
                 sandbox.kill()
                 notifications.join()
-                if self._command is not None:
-                    self._command.join()
+                for command in self._commands:
+                    command.join()
         finally:
             sandbox.kill()
             self.agent.close()
@@ -394,43 +420,70 @@ class _Rehearsal:
 
     def _watch(self) -> None:
         """Start the init process, and wait for its end or for that of the time it is given."""
-        timeout = self.options.timeout
-        end = None if timeout is None else time.monotonic() + timeout
         self.timeline.start()
         self._sandbox.tell("start")
         while True:
             try:
-                left = None if end is None else max(0.0, end - time.monotonic())
-                message = self._sandbox.next(self._sandbox.interrupt, left)
+                message = self._sandbox.next(self._interrupt, self._time_left())
             except TimeoutError:
-                if self._ended:  # killed, and still there: the sandbox's end will do
+                if self._killed is not None:  # and still there: the sandbox's end will do
                     return
-                self.timeline.add(events.TimedOut(self.timeline.now, None, timeout or 0.0))
-                # Its processes go before what serves them does, or they would meet errors that are none.
-                self._kill()
-                end = time.monotonic() + _TIME_TO_DIE
+                if not self.shell.is_open:
+                    self.timeline.add(events.TimedOut(self.timeline.now, None, self.options.timeout or 0.0))
+                    self._over("the machine's time is over")
                 continue
-            match message.kind:
-                case "log":
-                    self._log(message.values["text"])
-                case "panic":
-                    self._panic(message.values["text"])
-                case "no-init":
-                    self._no_init(message.values["path"])
-                case "command-listener":
-                    self._command = Notifications(self._answering, Listener(message.fds[0]), self, self._sandbox.kill)
-                    self._command.start()
-                    self._sandbox.tell("go")
-                case "command-ended":
-                    if not self._ended:
-                        self._command_ended(message.values["status"])
-                        self._kill()
-                case "ended":
-                    if not self._ended:
-                        self._panic(f"Attempted to kill init! exitcode=0x{message.values['status']:08x}")
-                    return
-                case _:
-                    raise NotJudgedError(f"the machine failed: {message.values.get('why', message.kind)}")
+            if message.kind == "ended":
+                self._init_ended(message.values["status"])
+                return
+            self._take(message)
+
+    def _take(self, message: Message) -> None:
+        match message.kind:
+            case "log":
+                self._log(message.values["text"])
+            case "panic":
+                self._panic(message.values["text"])
+                self._over("the machine is over, for it has no init process")
+            case "no-init":
+                self._no_init(message.values["path"])
+                self._over("the machine is over, for its image has no init")
+            case "command-listener":
+                if message.values["name"] == "shell":
+                    self.shell.begins(message.values["pid"])
+                command = Notifications(self._answering, Listener(message.fds[0]), self, self._sandbox.kill)
+                self._commands.append(command)
+                command.start()
+                self._sandbox.tell("go")
+            case "command-ended":
+                if not self._ended:
+                    self._command_ended(message.values["status"])
+                    self._over("the command has ended, and the machine")
+            case "shell-ended":
+                self._shell_ended()
+            case _:
+                raise NotJudgedError(f"the machine failed: {message.values.get('why', message.kind)}")
+
+    def _init_ended(self, status: int) -> None:
+        if not self._ended:
+            if self.options.shell_at_end:
+                self.console.say("ipe-emu: no shell: the init process died, and the whole machine with it")
+            self._panic(f"Attempted to kill init! exitcode=0x{status:08x}")
+
+    def _time_left(self) -> float | None:
+        """How long to wait for what comes next, in seconds: no timeout while a person looks around."""
+        if self._killed is not None:
+            return max(0.0, self._killed + _TIME_TO_DIE - time.monotonic())
+        if self.options.timeout is None or self.shell.is_open:
+            return None
+        return max(0.0, self.options.timeout - self.timeline.now)
+
+    def _interrupt(self, received: SignalInfo) -> None:
+        try:
+            self._sandbox.interrupt(received)
+        except SignalledError:
+            if not self._ended:
+                raise
+            self._kill()  # the shell that was opened at the end; what the boot came to is known
 
     def _plan_execve(
         self, plan_call: Callable[..., Plan], path: int, caller: Caller, args: tuple[int, ...]
@@ -457,7 +510,7 @@ class _Rehearsal:
         self._switched = True
         self.timeline.add(events.SwitchedRoot(self.timeline.now, subject, program))
         if self.options.stop_at_switch_root:
-            self._kill()
+            self._over("the machine is in its next root")
         if self.options.then is not None:
             self.orders.send("command", {"text": self.options.then}, [self.console.console.theirs])
         return 0
@@ -473,11 +526,58 @@ class _Rehearsal:
         if not self._ended:
             by = caller.subject if caller is not None else None
             self.timeline.add(events.Rebooted(self.timeline.now, by, how, means))
+            self._over(f"the machine is {how}")
+        elif self.shell.is_open:  # who types this there has seen enough
             self._kill()
 
-    def _kill(self) -> None:
+    def _over(self, why: str) -> None:
+        """The machine has come to its end; what is said of ``why`` begins a sentence."""
         self._ended = True
+        if self.options.shell_at_end and self._open_shell(why, "Leave it (exit) to see the report."):
+            return
+        self._kill()
+
+    def _kill(self) -> None:
+        # Its processes go before what serves them does, or they would meet errors that are none.
+        self._ended = True
+        self._killed = self._killed or time.monotonic()
         process.send_signal(self._init, signal.SIGKILL)
+
+    # -- a shell to look at it ----------------------------------------------------------------------------------------
+
+    def _open_shell(self, why: str, leaving: str) -> bool:
+        self._refusals_before = len(self._ipe.upstream_refusals)
+        return self.shell.open(why, leaving)
+
+    def _look_at_denial(self, event: Event) -> None:
+        """Open a shell where something is denied for the first time; its caller is stopped as it comes back."""
+        if self._looked_at_denial or not fails(event) or self._ended:
+            return
+        self._looked_at_denial = True
+        if self._open_shell("the machine was denied something", "Leave it (exit) to let the machine go on."):
+            self.timeline.add(events.ShellOpened(self.timeline.now, None))
+
+    def _shell_ended(self) -> None:
+        del self._ipe.upstream_refusals[self._refusals_before :]
+        self.shell.ended(go_on=not self._ended)
+        if self._ended:
+            self._kill()
+
+    def _plan_exit_group(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
+        """See the init process end, which would take the whole machine with it, and keep it from it."""
+        if self._ended or caller.tracee.status.tgid != self._init_pid:
+            return None
+        return Plan(Return(0, then=lambda: self._init_ends((args[0] & 0xFF) << 8)))
+
+    def _plan_exit(self, caller: Caller, args: tuple[int, ...]) -> Plan | None:
+        """The same, where a thread ends: if it is the only one, the process does."""
+        if sum(1 for _ in Path(f"/proc/{self._init_pid}/task").iterdir()) > 1:
+            return None
+        return self._plan_exit_group(caller, args)
+
+    def _init_ends(self, status: int) -> None:
+        self._panic(f"Attempted to kill init! exitcode=0x{status:08x}")
+        self._over("the machine is over, for its init process has ended")
 
     def log(self, text: str) -> None:
         """Note a line of the kernel's log."""
@@ -511,8 +611,16 @@ class _Rehearsal:
 
     # -- what the exec hook reports (hook.Observer, supervisor.Failures) ----------------------------------------------
 
-    def denied(self, event: AskedEvent, decision: Decision) -> None:
-        """Nothing: the model has noted it in the timeline."""
+    def denied(self, event: AskedEvent, decision: Decision) -> bool:  # noqa: ARG002 - the timeline has it already
+        """Keep an init process that is to die of it, for whoever wants to look at its machine."""
+        if not event.after_point_of_no_return or event.subject.pid != _PID_OF_INIT:
+            return False
+        if not self.shell.is_open and not self.options.shell_at_end:
+            return False
+        self._panic(f"Attempted to kill init! exitcode=0x{signal.SIGSEGV:08x}")
+        if not self.shell.is_open:
+            self._over("the machine is over, for its init process is killed")
+        return True
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """Note a call that could not be judged."""

@@ -76,6 +76,8 @@ class Console:
     kmsg: Line = field(init=False)
     sysrq: Line = field(init=False)
     interactive: bool = field(init=False)
+    _shell: Line | None = field(default=None, init=False)
+    _typed_to: Line = field(init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _end: tuple[int, int] = field(init=False)
     _output: threading.Lock = field(factory=threading.Lock, init=False)
@@ -83,7 +85,7 @@ class Console:
     _log_rest: bytes = field(default=b"", init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.console = Line.open(self.owner, cooked=True)
+        self.console = self._typed_to = Line.open(self.owner, cooked=True)
         self.kmsg = Line.open(self.owner, cooked=False)
         self.sysrq = Line.open(self.owner, cooked=False)
         self._end = os.pipe()
@@ -111,18 +113,31 @@ class Console:
         finally:
             os.write(self._end[1], b"\n")
             self._thread.join()
-            for line, use in ((self.console, self._show), (self.kmsg, self._log)):
-                while data := line.read():
+            for fd, use in self._uses().items():
+                while data := self._lines()[fd].read():
                     use(data)
             if before is not None:
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
 
     def close(self) -> None:
         """Close every line."""
-        for line in (self.console, self.kmsg, self.sysrq):
+        for line in self._lines().values():
             line.close()
         for fd in self._end:
             os.close(fd)
+
+    def begin_shell(self) -> Line:
+        """Return a terminal of its own for a shell that is none of the machine's: what is typed goes there now."""
+        if self._shell is None:
+            self._shell = Line.open(self.owner, cooked=True)
+            self._copy_size()
+        self._typed_to = self._shell
+        os.write(self._end[1], b"+")
+        return self._shell
+
+    def end_shell(self) -> None:
+        """Have the machine's console back."""
+        self._typed_to = self.console
 
     def say(self, text: str) -> None:
         """Print a line on stderr that is none of the machine's, and breaks none of its own."""
@@ -134,24 +149,34 @@ class Console:
             sys.stderr.flush()
 
     def _relay(self) -> None:
-        uses = {self.console.ours: self._show, self.kmsg.ours: self._log, self.sysrq.ours: self._command}
-        lines = {line.ours: line for line in (self.console, self.kmsg, self.sysrq)}
         poll = select.poll()
-        for fd in (*lines, self._end[0], *((0,) if self.interactive else ())):
+        for fd in (*self._lines(), self._end[0], *((0,) if self.interactive else ())):
             poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in poll.poll():
                 if fd == self._end[0]:
-                    return
-                if fd == 0:
+                    if b"\n" in os.read(fd, _CHUNK):
+                        return
+                    for line in self._lines():  # there is one more
+                        poll.register(line, select.POLLIN)
+                elif fd == 0:
                     typed = os.read(0, _CHUNK)
                     if ESCAPE in typed or not typed:
                         poll.unregister(0)
                         self.on_escape()
                     with contextlib.suppress(BlockingIOError):
-                        os.write(self.console.ours, typed)
-                elif data := lines[fd].read():
-                    uses[fd](data)
+                        os.write(self._typed_to.ours, typed)
+                elif data := self._lines()[fd].read():
+                    self._uses()[fd](data)
+
+    def _lines(self) -> dict[int, Line]:
+        shell = [] if self._shell is None else [self._shell]
+        return {line.ours: line for line in (self.console, self.kmsg, self.sysrq, *shell)}
+
+    def _uses(self) -> dict[int, Callable[[bytes], None]]:
+        """What is done with what is written to a line, by its descriptor."""
+        others = {self.kmsg.ours: self._log, self.sysrq.ours: self._command}
+        return {fd: others.get(fd, self._show) for fd in self._lines()}
 
     def _show(self, data: bytes) -> None:
         with self._output:
@@ -176,4 +201,6 @@ class Console:
     def _copy_size(self) -> None:
         with contextlib.suppress(OSError):
             size = fcntl.ioctl(0, termios.TIOCGWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
-            fcntl.ioctl(self.console.theirs, termios.TIOCSWINSZ, size)
+            for line in (self.console, self._shell):
+                if line is not None:
+                    fcntl.ioctl(line.theirs, termios.TIOCSWINSZ, size)

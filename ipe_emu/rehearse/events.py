@@ -184,6 +184,11 @@ class TimedOut(_Happened):
 
 
 @frozen
+class ShellOpened(_Happened):
+    """The machine was stopped for a shell, in which a person can have changed it, and went on afterwards."""
+
+
+@frozen
 class Interrupted(_Happened):
     """A signal to the emulator ended the rehearsal, or a person did who typed what stands for one."""
 
@@ -215,6 +220,7 @@ Event = (
     | Panicked
     | CommandEnded
     | TimedOut
+    | ShellOpened
     | Interrupted
     | Failed
 )
@@ -229,9 +235,12 @@ class Timeline:
     """
 
     most_of_all: int = 20_000
+    #: Tells whether what this process does is no part of the rehearsal: listeners are told of it, and it is not kept.
+    is_aside: Callable[[Subject | None], bool] = field(default=lambda _: False, init=False)
     _listeners: list[Callable[[Event], None]] = field(factory=list, init=False)
     _events: list[Event] = field(factory=list, init=False)
     _start: float | None = field(default=None, init=False)
+    _paused: float | None = field(default=None, init=False)
     _kinds: set[Hashable] = field(factory=set, init=False, repr=False)
     _lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
 
@@ -257,12 +266,27 @@ class Timeline:
     @property
     def now(self) -> float:
         """The time that an event has which happens now."""
+        if self._paused is not None:
+            return self._paused
         return 0.0 if self._start is None else time.monotonic() - self._start
+
+    def pause(self) -> None:
+        """Let time stand still."""
+        self._paused = self.now
+
+    def resume(self) -> None:
+        """Let it go on."""
+        if self._paused is not None and self._start is not None:
+            self._start = time.monotonic() - self._paused
+        self._paused = None
 
     def add(self, event: Event) -> None:
         """Note that something happened."""
         with self._lock:
-            if self._is_kept(event):
+            if self.is_aside(event.by):
+                for listener in self._listeners:
+                    listener(event)
+            elif self._is_kept(event):
                 self._events.append(event)
                 for listener in self._listeners:
                     listener(event)

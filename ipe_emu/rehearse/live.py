@@ -36,7 +36,7 @@ class Live:
     def tell(self, event: Event) -> None:
         """Say an event, if it is worth a line."""
         line = line_of(event)
-        if line is None:
+        if line is None or isinstance(event, events.ShellOpened):  # which says more by itself
             return
         # Names come from the image: nothing of them may do anything to a terminal.
         text = shown(line.encode(errors="surrogateescape"))

@@ -170,7 +170,7 @@ def _kernel_init(channel: Channel, init: InitArguments) -> NoReturn:
     if not os.access(init.ramdisk, os.F_OK):
         # prepare_namespace() mounts what root= says instead; the supervisor knows whether it says something.
         channel.send("no-init", {"path": os.fsdecode(init.ramdisk)})
-        os._exit(1)
+        _hang()
     _open_console(channel)
     error = _execute(init, init.ramdisk)
     _log(channel, f"Failed to execute {os.fsdecode(init.ramdisk)} (error {-error})")
@@ -221,4 +221,10 @@ def _log(channel: Channel, text: str) -> None:
 
 def _panic(channel: Channel, text: str) -> NoReturn:
     channel.send("panic", {"text": text})
-    os._exit(1)
+    _hang()
+
+
+def _hang() -> NoReturn:
+    """Wait for the supervisor to end the machine, or to have somebody look at it first."""
+    while True:
+        signal.pause()

@@ -53,6 +53,11 @@ def verdict(events: Sequence[Event]) -> Verdict:
     return Verdict(Result.AS_EXPECTED, line_of(ends[-1]) or "", ends[-1])
 
 
+def fails(event: Event) -> bool:
+    """Whether the policy, or the emulator, failed a call: what a person wants to look at where it happens."""
+    return _denied(event) or isinstance(event, NotJudged)
+
+
 def _crashed(event: Event) -> bool:
     return (
         isinstance(event, Panicked | TimedOut)

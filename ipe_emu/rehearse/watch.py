@@ -1,7 +1,7 @@
 """The model of a rehearsed boot, which tells the timeline what is done to it, and by whom."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -32,9 +32,13 @@ class WatchedIpe(Ipe):
     """An LSM whose policies, switches and decisions are noted in ``timeline``."""
 
     timeline: Timeline = field(kw_only=True)
+    #: Tells of an execution by its subject and file whether it is none of the rehearsed machine's.
+    spares: Callable[[Subject, File | None], bool] = field(default=lambda *_: False, init=False)
 
     def process_event(self, operation: Operation, hook: Hook, subject: Subject, file: File | None) -> Decision:
         """Decide, and note it."""
+        if operation is Operation.EXECUTE and self.spares(subject, file):
+            return Decision(0, None)
         decision = super().process_event(operation, hook, subject, file)
         self.timeline.add(Judged(self.timeline.now, subject, operation, hook, file, decision))
         return decision

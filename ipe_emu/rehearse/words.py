@@ -58,6 +58,8 @@ def _text_of(event: Event) -> str | None:  # noqa: PLR0912 - one answer for each
             return f"the command {event.command!r} returned {event.status}"
         case events.TimedOut():
             return f"still running after {event.seconds:g} s"
+        case events.ShellOpened():
+            return "a shell was opened, in which the machine can have been changed"
         case events.Interrupted():
             return f"the rehearsal was ended by {event.signal}"
         case events.Failed():

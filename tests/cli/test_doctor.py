@@ -41,8 +41,12 @@ def test_programs_that_read_images_are_wished_for(ipe_emu: Run, monkeypatch: pyt
     monkeypatch.setattr("shutil.which", lambda *_args, **_kwargs: None)
     result = ipe_emu("doctor")
     assert result.status == 0
-    for package, use in (("squashfuse", "run --volume and boot --disk: squashfs"), ("lzop", "boot: an image")):
-        assert f"less  {package}" in result.out
+    for package, use in (
+        ("squashfuse", "run --volume and boot --disk: squashfs"),
+        ("lzop", "boot: an image"),
+        ("busybox-static", "boot --shell: one that needs no libraries"),
+    ):
+        assert f"less  {package.partition('-')[0]}" in result.out
         assert f"not installed; for {use}" in result.out
         assert f"sudo apt-get install {package}\n" in result.out
 

@@ -55,8 +55,9 @@ class Notes:
     unjudged: list[tuple[str, str]] = field(factory=list)
     undone: list[tuple[str, str]] = field(factory=list)
 
-    def denied(self, event: Event, decision: Decision) -> None:
+    def denied(self, event: Event, decision: Decision) -> bool:
         self.denials.append(event)
+        return False
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         self.unjudged.append((call, reason))

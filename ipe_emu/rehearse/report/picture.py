@@ -30,11 +30,11 @@ MOST_MARKS: Final = 40
 _LONGEST_LABEL: Final = 24
 _MARKED: Final = (
     events.PolicyLoaded, events.PolicyActivated, events.PolicyDeleted, events.ControlFailed, events.EnforceChanged,
-    events.SwitchedRoot, events.NotJudged, events.Rebooted, events.Panicked, events.TimedOut, events.Interrupted,
-    events.Failed,
+    events.SwitchedRoot, events.NotJudged, events.Rebooted, events.Panicked, events.TimedOut, events.ShellOpened,
+    events.Interrupted, events.Failed,
 )  # fmt: skip
 _BAD: Final = (events.ControlFailed, events.Panicked, events.TimedOut, events.Failed)
-_DOUBTFUL: Final = (events.NotJudged, events.EnforceChanged, events.Interrupted)
+_DOUBTFUL: Final = (events.NotJudged, events.EnforceChanged, events.ShellOpened, events.Interrupted)
 
 
 @frozen

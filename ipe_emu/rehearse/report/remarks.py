@@ -16,6 +16,9 @@ def warnings(happened: Sequence[Event], final: Policy | None) -> Iterator[str]:
     yield from _image(happened)
     if final is None:
         yield "no policy is active at the end: everything is allowed, and nothing is audited"
+    for event in happened:
+        if isinstance(event, events.ShellOpened):
+            yield f"after {event.when:.3f} s the machine was stopped for a shell: what followed may be its doing"
     yield from _corruption(happened)
     yield from _enforcement(happened)
     series = faults.series_of_writes(happened)
