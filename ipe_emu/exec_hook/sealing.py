@@ -93,7 +93,7 @@ class Sealing:
             return None
         image = self._image_of(caller, fd)
         if image is not None:
-            return Plan(Perform(lambda: _enable_in_image(caller, image, args[2])))
+            return Plan(Perform(lambda: self._enable_in_image(caller, fd, image, args[2])))
         if not self._covers(caller, fd):
             return self._elsewhere(caller, fd, args[2])
         return Plan(Perform(lambda: self._enable(caller, number, fd, args[2])))
@@ -151,6 +151,15 @@ class Sealing:
             self.seals.add(fd, after, seal)
         except OSError as error:
             raise NotJudgedError(f"{_name(fd)} cannot be watched (inotify(7)): {error.strerror}") from None
+
+    def _enable_in_image(self, caller: Caller, fd: int, image: "SealedFiles", address: int) -> NoReturn:
+        """Answer FS_IOC_ENABLE_VERITY for a file of an ext4 image: all of them are read-only here."""
+        assert self.images is not None  # noqa: S101 - the file lies on one
+        _check_feature(image)
+        _Argument.read(caller, address)
+        if self.images.is_for_writing(caller.place(fd)):
+            raise NotJudgedError(f"sealing {_name(fd)}: what is mounted for writing is read-only here")
+        raise KernelError(errno.EROFS, "a read-only file system", "sb_permission")
 
     # -- reading seals back ---------------------------------------------------------------------------------------
 
@@ -290,13 +299,6 @@ class _Argument:
         if salt_size > MAX_SALT_SIZE or signature_size > MAX_SIGNATURE_SIZE:
             raise _error(errno.EMSGSIZE, "the salt or the signature is too long")
         return cls(algorithm, block_size, salt_size, salt_at, signature_size, signature_at)
-
-
-def _enable_in_image(caller: Caller, image: "SealedFiles", address: int) -> NoReturn:
-    """Answer FS_IOC_ENABLE_VERITY for a file of an ext4 image, which is mounted read-only."""
-    _check_feature(image)
-    _Argument.read(caller, address)
-    raise KernelError(errno.EROFS, "a read-only file system", "sb_permission")
 
 
 def _check_feature(image: "SealedFiles") -> None:

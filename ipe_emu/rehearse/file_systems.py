@@ -229,6 +229,8 @@ class BlockFileSystems:
         self.facts[new.number] = device.facts
         if new.seals is not None and self.seals is not None:
             self.seals.by_device[new.number] = new.seals
+            if not read_only:
+                self.seals.for_writing.add(new.number)
         self._known.append(new)
         return new
 

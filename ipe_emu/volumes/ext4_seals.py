@@ -28,7 +28,7 @@ _INT_MAX: Final = 0x7FFFFFFF
 _PAGE_SIZE: Final = 4096
 _AT_ONCE: Final = 1 << 20
 #: So many sealed files can be kept in mind.
-_MOST_FILES: Final = 500_000
+_MOST_FILES: Final = 200_000
 
 
 @frozen
@@ -183,6 +183,8 @@ class ImageSeals:
     #: Called before a seal is believed; raises NotJudgedError if what it was read from is another by now.
     recheck: Callable[[str, SealedFiles], None] = field(default=lambda *_: None)
     by_device: dict[str, SealedFiles] = field(factory=dict, init=False)
+    #: Those that a kernel would have mounted for writing, and which are read-only here.
+    for_writing: set[str] = field(factory=set, init=False)
 
     def of(self, place: Place | None, st: os.stat_result) -> Seal | None:
         """Return the seal of a file; see `SealedFiles.of`. NotJudgedError where it was there and is not any more."""
@@ -195,6 +197,10 @@ class ImageSeals:
     def image_of(self, place: Place | None) -> SealedFiles | None:
         """Return what is sealed in the image that a file lies on; None if it lies on no mounted ext4 image."""
         return None if place is None else self.by_device.get(place.device)
+
+    def is_for_writing(self, place: Place | None) -> bool:
+        """Whether a kernel would have mounted what a file lies on for writing."""
+        return place is not None and place.device in self.for_writing
 
     def facts_of(self, place: Place | None, st: os.stat_result, open_file: OpenFile) -> Facts:  # noqa: ARG002 - protocol
         """Return what holds for a file. KernelError as open(2) of one whose signature, or seal, is not good."""

@@ -98,3 +98,20 @@ mount -t ext4 -o ro /dev/mapper/root /a
         "open",
         "mount: mounting /dev/mapper/root on /a failed: Input/output error",
     ]
+
+
+def test_sealing_what_is_mounted_for_writing_is_not_judged(one: Runner) -> None:
+    image = sealed_images.image(1024)
+    position, value = sealed_images.without_feature(image)
+    other = _written(one.place / "other.img", image[:position] + bytes.fromhex(value) + image[position + 1 :])
+    script = """
+mkdir /a /b; mount -t ext4 /dev/vda /a; mount -t ext4 /dev/vdb /b
+fsverity enable /b/plain 2>&1; fsverity enable /a/plain 2>&1
+"""
+    done = run(one, script, image, "--disk", f"vdb={other}")
+    assert done.output == [
+        "ERROR: FS_IOC_ENABLE_VERITY failed on '/b/plain': Operation not supported",
+        "ERROR: FS_IOC_ENABLE_VERITY failed on '/a/plain': Operation not permitted",
+    ]
+    assert done.status == 4
+    assert "sealing /a/plain: what is mounted for writing is read-only here" in done.errors
