@@ -11,7 +11,6 @@ those alone that it changed.
 import ctypes
 import errno
 import fcntl
-import gzip
 import hashlib
 import json
 import lzma
@@ -28,6 +27,7 @@ from typing import Any
 
 from scripts import reference_kernel
 from tests import vectors
+from tests.conformance.machines import packed
 from tests.volumes.sealed_images import BLOCK_SIZES, FILES, IMAGES, regions, without_feature
 
 ROOT = Path(__file__).parent.parent
@@ -114,16 +114,7 @@ def _boot(kernel: Path, work: Path, task: str) -> None:
     shutil.copy2(busybox, tree / "bin" / "busybox")
     (tree / "init").write_text(_INIT.format(work=work, root=ROOT, python=sys.executable, task=task))
     (tree / "init").chmod(0o755)
-    names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
-    packed = subprocess.run(
-        [busybox, "cpio", "-o", "-H", "newc"],
-        cwd=tree,
-        input=names.encode(),
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    (work / "initramfs").write_bytes(gzip.compress(packed.stdout, 1))
+    (work / "initramfs").write_bytes(packed(tree))
     done = subprocess.run(
         [
             kernel, "mem=320M", f"initrd={work / 'initramfs'}", "con0=fd:0,fd:1", "con=null", "quiet", "ipe.enforce=0",

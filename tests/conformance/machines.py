@@ -155,16 +155,17 @@ def initramfs(work: Path, *, host: str, batch: str, modules: Iterable[Path] = ()
     init.write_text(_INIT.format(prepare=prepare, host=host, batch=batch, root=ROOT, python=sys.executable))
     init.chmod(0o755)
     fill(tree / "t")
+    return packed(tree)
+
+
+def packed(tree: Path) -> bytes:
+    """A tree as an initramfs image; busybox packs it."""
     names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
-    packed = subprocess.run(
-        [busybox, "cpio", "-o", "-H", "newc"],
-        cwd=tree,
-        input=names.encode(),
-        capture_output=True,
-        check=True,
+    done = subprocess.run(
+        ["busybox", "cpio", "-o", "-H", "newc"], cwd=tree, input=names.encode(), capture_output=True, check=True,
         timeout=60,
-    )
-    return gzip.compress(packed.stdout, 1)
+    )  # fmt: skip
+    return gzip.compress(done.stdout, 1)
 
 
 def fill(directory: Path) -> None:
