@@ -312,6 +312,8 @@ class _Rehearsal:
                 notifications.join()
                 for command in self._commands:
                     command.join()
+                self.file_systems.finish()
+                self.disks.finish()
         finally:
             sandbox.kill()
             self.agent.close()
@@ -589,7 +591,13 @@ class _Rehearsal:
 
     def restart(self, means: str) -> None:
         """The kernel restarts the machine by itself."""
-        self._end("restarted", means, None)
+        self._end(events.RESTARTED_ITSELF, means, None)
+
+    def panic(self, text: str) -> None:
+        """The kernel gives up."""
+        if not self._ended:
+            self._panic(text)
+            self._kill()
 
     def _log(self, text: str) -> None:
         self.timeline.add(events.Message(self.timeline.now, None, text))

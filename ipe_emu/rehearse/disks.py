@@ -30,7 +30,7 @@ from ipe_emu.rehearse.staging import DEVICE_NODES, DEVTMPFS, MAPPER, SYSFS
 if TYPE_CHECKING:  # device-mapper is imported with its first command: most boots give none
     from ipe_emu.rehearse.device_mapper.control import DeviceMapper
     from ipe_emu.rehearse.device_mapper.mapped_device import MappedDevice
-    from ipe_emu.rehearse.device_mapper.target import Corruption
+    from ipe_emu.rehearse.device_mapper.target import Corruption, ReadError
     from ipe_securityfs.subtrees import Subtrees
     from ipe_securityfs.tree import Owner
 
@@ -56,7 +56,10 @@ class Telling(Protocol):
         """Note what is done otherwise than by a kernel."""
 
     def restart(self, means: str) -> None:
-        """The kernel restarts the machine, or panics."""
+        """The kernel restarts the machine."""
+
+    def panic(self, text: str) -> None:
+        """The kernel panics."""
 
     def not_judged(self, subject: Subject | None, call: str, reason: str) -> None:
         """Note what could not be judged."""
@@ -239,11 +242,28 @@ class Disks:
         """Note what a table does otherwise."""
         self.telling.remark(text)
 
-    def corrupted(self, corruption: "Corruption") -> None:
-        """Log it, and restart the machine if the table says so."""
-        self.telling.log(f"device-mapper: verity: {corruption.data_device}: {corruption.reason}")
-        if corruption.action in {"restart", "panic"}:
-            self.telling.restart(f"{corruption.action}_on_corruption of the verity device {corruption.device}")
+    def unknown(self, text: str) -> None:
+        """Note what cannot be known."""
+        self.telling.not_judged(None, "read", text)
+
+    def faulty(self, fault: "Corruption | ReadError") -> None:
+        """Log it, and end the machine if the table says so (``verity_handle_err()``, ``verity_finish_io()``)."""
+        from ipe_emu.rehearse.device_mapper.target import Corruption  # noqa: PLC0415 - as device-mapper
+
+        if isinstance(fault, Corruption):
+            self.telling.log(f"device-mapper: verity: {fault.data_device}: {fault.reason}")
+            event, message = "corruption", "dm-verity device corrupted"
+        else:
+            event, message = "error", f"dm-verity device has I/O error ({fault.device}: {fault.reason})"
+        if fault.action == "restart":
+            self.telling.restart(f"restart_on_{event} of the verity device {fault.device}: {message}")
+        elif fault.action == "panic":
+            self.telling.panic(message)
+
+    def finish(self) -> None:
+        """Hear that the machine has ended by itself."""
+        if self._mapper is not None:
+            self._mapper.finish()
 
 
 def _key(directory: int, name: bytes) -> tuple[int, int, bytes]:

@@ -150,6 +150,10 @@ class Message(_Happened):
     text: str
 
 
+#: How a machine ends that its kernel restarts, though nobody told it to.
+RESTARTED_ITSELF = "restarted by itself"
+
+
 @frozen
 class Rebooted(_Happened):
     """The machine was told to restart, halt or power off; ``how`` says which, ``means`` how it was told."""

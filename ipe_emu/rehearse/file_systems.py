@@ -56,11 +56,13 @@ class _Superblock:
     number: str
     #: Whether it is mounted for reading alone (SB_RDONLY), as those are that cannot be written.
     read_only: bool
+    #: After how many writes of the machine to its disks it was made.
+    writes: int
     #: Whether its device is claimed for it: it is mounted somewhere in the machine, as far as is known.
     claimed: bool = True
     #: Whether its mount in the machine is still to come.
     being_mounted: bool = True
-    #: The files that fs-verity has sealed in it, and after how many writes of the machine they were looked at.
+    #: The files that fs-verity has sealed in it, and after how many writes they were looked at.
     seals: "SealedFiles | None" = None
     sealed_at: int = 0
 
@@ -163,6 +165,19 @@ class BlockFileSystems:
             raise NotJudgedError(f"sealed files on {known.device.name} were overwritten while it was mounted")
         known.sealed_at = writes
 
+    def finish(self) -> None:
+        """Hear that the machine has ended: look whether a kernel could have read what erofs was copied from."""
+        for known in self._known:
+            if known.kind is not Kind.EROFS or known.writes == self.devices.writes or known.content is None:
+                continue
+            if not self.facts[known.number].dmverity_roothash:
+                continue
+            try:
+                _read_all(known.content)
+            except KernelError as error:
+                reason = f"{known.device.name} was corrupted while its erofs was mounted: {error.reason}"
+                self.not_judged(None, "read", reason)
+
     def look_after(self) -> None:
         """Give devices back whose file systems nobody in the machine has mounted any more."""
         with self._lock:
@@ -193,12 +208,13 @@ class BlockFileSystems:
         """Mount what is on a device in the staging directory; or find what was mounted of it before."""
         same = (known for known in self._known if known.device is device and known.content is device.content)
         earlier = next((known for known in same if known.kind is kind), None)
-        # Only with the same table, and that of a verity device, it is certain that nothing has changed since.
-        if earlier is not None and device.facts.dmverity_roothash:
+        # Only with the same table, and that of a verity device, it is certain that nothing has changed since; unless
+        # somebody wrote to what is below it. That a kernel does not read, or reads, if corruption is ignored.
+        if earlier is not None and device.facts.dmverity_roothash and earlier.writes == self.devices.writes:
             self.devices.claim(device, earlier)
             earlier.claimed = True
             return earlier
-        new = _Superblock(device, device.content, kind, Path(), "", read_only)
+        new = _Superblock(device, device.content, kind, Path(), "", read_only, self.devices.writes)
         self.devices.claim(device, new)  # before anybody looks what is on it
         try:
             self._check(device, kind)
@@ -244,12 +260,17 @@ class BlockFileSystems:
             raise KernelError(errno.EINVAL, f"{device.name} {error}", "get_tree_bdev") from None
         if kind in programs.HIDES_ERRORS and device.facts.dmverity_roothash is not None:
             try:
-                for offset in range(0, device.size, _PIECE):
-                    device.read(offset, _PIECE)
+                _read_all(device)
             except KernelError as error:
                 raise NotJudgedError(
                     f"{device.name} is corrupted, and what reads {kind.value} here would not say where: {error.reason}"
                 ) from None
+
+
+def _read_all(content: BlockDevice | Content) -> None:
+    """Read a device from end to end; KernelError where that fails."""
+    for offset in range(0, content.size, _PIECE):
+        content.read(offset, _PIECE)
 
 
 def _sealed_files(device: BlockDevice) -> "SealedFiles":

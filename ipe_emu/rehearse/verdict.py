@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from ipe_emu.rehearse.events import (
+    RESTARTED_ITSELF,
     CommandEnded,
     ControlFailed,
     Event,
@@ -61,7 +62,7 @@ def fails(event: Event) -> bool:
 def _crashed(event: Event) -> bool:
     return (
         isinstance(event, Panicked | TimedOut)
-        or (isinstance(event, Rebooted) and event.how == "crashed")
+        or (isinstance(event, Rebooted) and event.how in ("crashed", RESTARTED_ITSELF))
         or (isinstance(event, CommandEnded) and event.status != 0)
     )
 

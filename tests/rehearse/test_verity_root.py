@@ -182,6 +182,94 @@ def test_a_tampered_root(one: Runner, squashfs: Volume) -> None:
     assert re.search(r"device-mapper: verity: 254:0: data block \d+ .* is corrupted", done.errors)
 
 
+@pytest.mark.parametrize(
+    ("option", "end"),
+    [
+        ("--restart-on-corruption", "restarted by itself, by restart_on_corruption of the verity device root"),
+        ("--panic-on-corruption", "Kernel panic - not syncing: dm-verity device corrupted"),
+    ],
+)
+def test_corruption_that_ends_the_machine(one: Runner, squashfs: Volume, option: str, end: str) -> None:
+    content = bytearray(squashfs.image.read_bytes())
+    content[len(content) // 2] ^= 1
+    script = f"{opening(squashfs, option)}echo opened; cat /dev/mapper/root >/dev/null; echo went on"
+    done = run(one, squashfs, script, content=bytes(content))
+    assert done.output == ["opened"]
+    assert done.status == 3, done.errors
+    assert end in done.errors
+    assert "dm-verity device corrupted" in done.errors
+
+
+def test_corruption_that_a_kernel_might_read_ahead(one: Runner, squashfs: Volume) -> None:
+    content = bytearray(squashfs.image.read_bytes())
+    content[len(content) // 2] ^= 1
+    script = f"{opening(squashfs, '--restart-on-corruption')}head -c 512 /dev/mapper/root >/dev/null; poweroff -f"
+    done = run(one, squashfs, script, content=bytes(content))
+    assert done.status == 4, done.errors
+    assert "the verity device root is corrupted where it was not read: data block" in done.errors
+
+
+@pytest.mark.parametrize(
+    ("option", "end"),
+    [
+        ("restart_on_error", "restarted by itself, by restart_on_error of the verity device root"),
+        ("panic_on_error", "Kernel panic - not syncing: dm-verity device has I/O error"),
+    ],
+)
+def test_a_read_error_that_ends_the_machine(one: Runner, squashfs: Volume, option: str, end: str) -> None:
+    script = f"""
+mount -t tmpfs none /tmp
+echo "0 $(cat /sys/block/vda/size) error" >/tmp/low
+dmsetup create low /tmp/low && dmsetup mknodes low
+{opening(squashfs)}
+dmsetup table root | sed 's/ 254:0 / 253:0 /; s/$/ 1 {option}/' >/tmp/table
+cat /tmp/table
+dmsetup create --readonly bad /tmp/table && dmsetup mknodes bad && echo made
+cat /dev/mapper/bad >/dev/null; echo went on
+"""
+    done = run(one, squashfs, script)
+    assert done.output[-1] == "made", done.errors
+    assert done.status == 3, done.errors
+    assert end.replace("device root", "device bad") in done.errors
+
+
+def test_mounting_again_what_was_changed_where_corruption_is_ignored(one: Runner, tmp_path: Path) -> None:
+    """The change is seen, with the root hash of what was there before (as on a kernel)."""
+    root = make_root(tmp_path / "made", Kind.EXT4)
+    text = b"hello from the verity root"
+    place = root.image.read_bytes().index(text)
+    script = f"""
+{opening(root, "--ignore-corruption")}
+mount -t ext4 -o ro /dev/mapper/root /newroot && cat /newroot/etc/hello; umount /newroot
+printf J | dd of=/dev/vda bs=1 seek={place} conv=notrunc 2>/dev/null
+mount -t ext4 -o ro /dev/mapper/root /newroot && cat /newroot/etc/hello
+/newroot/bin/busybox true && echo executed
+poweroff -f
+"""
+    done = run(one, root, script)
+    assert done.output == ["hello from the verity root", "Jello from the verity root", "executed"], done.errors
+    assert f'dmverity_roothash="sha256":{root.root_hash.upper()}' in done.record(
+        'path="/newroot/bin/busybox".*MMAP|MMAP.*path="/newroot/bin/busybox"'
+    )
+
+
+@pytest.mark.parametrize("kind", [Kind.EXT4, Kind.EROFS])
+def test_corruption_that_comes_under_a_mounted_file_system(one: Runner, tmp_path: Path, kind: Kind) -> None:
+    """What mounts these here would not pass on a kernel's EIO, or has read it before."""
+    root = make_root(tmp_path / "made", kind)
+    place = root.image.read_bytes().index(b"hello from the verity root")
+    script = f"""
+{opening(root)}
+mount -t {kind.value} -o ro /dev/mapper/root /newroot && echo mounted
+printf J | dd of=/dev/vda bs=1 seek={place} conv=notrunc 2>/dev/null
+grep -q Jello /newroot/etc/hello && echo changed
+poweroff -f
+"""
+    done = run(one, root, script)
+    assert done.output == ["mounted"]
+    assert done.status == 4, done.errors
+
+
 def test_a_signed_root_hash(emu: Runner, squashfs: Volume, tmp_path: Path) -> None:
     signature = sign(tmp_path, squashfs.root_hash.encode())
     shutil.copy(KEYS / "trusted.pem", emu.place / "key.pem")

@@ -89,7 +89,7 @@ class ImageFile:
         data = data[: fits(self, offset, len(data))]
         try:
             if self.write_through:
-                _pwrite(self._fd, data, offset)
+                pwrite(self._fd, data, offset)
             elif data:
                 with self._lock:
                     self._keep(offset, data)
@@ -123,12 +123,12 @@ class ImageFile:
                 self._overlay = os.dup(file.fileno())
         for piece in {offset // _PIECE, (offset + len(data) - 1) // _PIECE}:
             if not self._is_kept(piece):  # what is written may not fill it
-                _pwrite(
+                pwrite(
                     self._overlay,
                     _pread(self._fd, min(_PIECE, self.size - piece * _PIECE), piece * _PIECE),
                     piece * _PIECE,
                 )
-        _pwrite(self._overlay, data, offset)
+        pwrite(self._overlay, data, offset)
         for piece in range(offset // _PIECE, (offset + len(data) - 1) // _PIECE + 1):
             self._kept[piece >> 3] |= 1 << (piece & 7)
 
@@ -207,7 +207,8 @@ def _pread(fd: int, length: int, offset: int) -> bytes:
     return found
 
 
-def _pwrite(fd: int, data: bytes, offset: int) -> None:
+def pwrite(fd: int, data: bytes, offset: int) -> None:
+    """Write all of ``data``; OSError."""
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done

@@ -116,7 +116,7 @@ def block_ioctl(devices: BlockDevices, device: BlockDevice, request: int, caller
         raise KernelError(errno.EOPNOTSUPP, "a disk that knows no discarding", "blk_ioctl_discard")
     elif request == _BLKZEROOUT:
         _must_write(caller)
-        _zero_out(device, *_RANGE.unpack(caller.copy_in(_RANGE.size)))
+        _zero_out(devices, device, *_RANGE.unpack(caller.copy_in(_RANGE.size)))
     else:
         raise KernelError(errno.ENOTTY, f"no ioctl {request:#x} of a block device", "blkdev_ioctl")
 
@@ -150,12 +150,15 @@ def _must_write(caller: Caller) -> None:
         raise KernelError(errno.EBADF, "the device is not open for writing", "blk_ioctl_discard")
 
 
-def _zero_out(device: BlockDevice, start: int, length: int) -> None:
+def _zero_out(devices: BlockDevices, device: BlockDevice, start: int, length: int) -> None:
     """Write zeros (``blk_ioctl_zeroout()``)."""
     if start % SECTOR or length % SECTOR or not length or start + length > device.size:
         raise KernelError(errno.EINVAL, "not a range of sectors of the device", "blk_ioctl_zeroout")
     if length > _MOST_ZEROS:
         raise NotJudgedError(f"writing {length} zeros at once to {device.name}")
-    while length:
-        done = device.write(start, bytes(min(length, _PIECE)))
-        start, length = start + done, length - done
+    try:
+        while length:
+            done = device.write(start, bytes(min(length, _PIECE)))
+            start, length = start + done, length - done
+    finally:  # as after any other write
+        devices.writes += 1

@@ -15,7 +15,7 @@ from ipe_emu.rehearse.device_mapper import arguments, ioctl
 from ipe_emu.rehearse.device_mapper.ioctl import Block, Command, Flag
 from ipe_emu.rehearse.device_mapper.mapped_device import MappedDevice
 from ipe_emu.rehearse.device_mapper.populate import SPEC, check_limits, populate
-from ipe_emu.rehearse.device_mapper.target import Corruption, Surroundings, Table, TargetTypes
+from ipe_emu.rehearse.device_mapper.target import Corruption, ReadError, Surroundings, Table, TargetTypes
 
 #: Larger blocks than this are refused: no tool makes them, and a table of ours would fill memory with them.
 _LARGEST_EMULATED: Final = 16 << 20
@@ -51,11 +51,14 @@ class Observer(Protocol):
     def disappeared(self, device: MappedDevice) -> None:
         """It is no more."""
 
-    def corrupted(self, corruption: Corruption) -> None:
-        """A verity device was read where it is corrupted; from any thread."""
+    def faulty(self, fault: Corruption | ReadError) -> None:
+        """A verity device was read where it is corrupted, or cannot be read; from any thread."""
 
     def remark(self, text: str) -> None:
         """A table does something otherwise than a kernel's would."""
+
+    def unknown(self, text: str) -> None:
+        """What a kernel's table would have done cannot be known."""
 
 
 @frozen
@@ -110,6 +113,12 @@ class DeviceMapper:
             for device in [d for d in self._mapped if d.block_device.number == number]:
                 if device.deferred_remove and not device.open_count:
                     self._remove(device)
+
+    def finish(self) -> None:
+        """Hear that the machine has ended, and nobody will read any more."""
+        for device in self:
+            if device.active is not None:
+                device.active.finish()
 
     # -- the frame of every command -----------------------------------------------------------------------------
 
@@ -308,8 +317,9 @@ class DeviceMapper:
             os.fsdecode(device.name),
             bool(block.flags & Flag.READONLY),
             surroundings,
-            self.observer.corrupted,
+            self.observer.faulty,
             self.observer.remark,
+            self.observer.unknown,
         )
         try:
             populate(table, self.types, block, whole)

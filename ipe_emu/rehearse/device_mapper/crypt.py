@@ -10,18 +10,21 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from attrs import define, field, frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.integrity.facts import NO_FACTS, Facts
-from ipe_emu.rehearse.block.content import SECTOR, fits
+from ipe_emu.rehearse.block.content import SECTOR, fits, pwrite
 from ipe_emu.rehearse.block.device import BlockDevice
 from ipe_emu.rehearse.device_mapper.arguments import unsigned, unsigned_long_long
 from ipe_emu.rehearse.device_mapper.target import Table
 
 _PIECE: Final = 4096
+#: How many pieces are kept of what is written (2 GiB); each also takes some memory.
+_MOST_KEPT: Final = 1 << 19
 _HEX: Final = re.compile(rb"(?:[0-9a-fA-F]{2})+")
 #: The ciphers that every kernel of a distribution has, and the sizes of their keys in bytes.
 _XTS: Final = frozenset({32, 48, 64})
@@ -36,12 +39,18 @@ _MOST_OPTIONS: Final = 9
 
 @define(eq=False)
 class Scratch:
-    """A content that begins as noise. Safe for threads. What is written goes to an unnamed file."""
+    """A content that begins as noise. Safe for threads. What is written goes to an unnamed file, piece behind piece.
+
+    ``not_judged`` is told where no more can be kept: the write fails with EIO, which a kernel's would not.
+    """
 
     size: int
     read_only: bool
+    not_judged: Callable[[str], None] = field(repr=False)
+    most_kept: int = _MOST_KEPT
     _seed: bytes = field(factory=lambda: os.urandom(16), repr=False)
-    _written: set[int] = field(factory=set, init=False, repr=False)
+    #: Which piece of the file holds a piece that was written.
+    _kept: dict[int, int] = field(factory=dict, init=False, repr=False)
     _file: int = field(default=-1, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False, repr=False)
 
@@ -59,23 +68,35 @@ class Scratch:
     def write(self, offset: int, data: bytes) -> int:
         """See `Content.write`."""
         data = data[: fits(self, offset, len(data))]
-        with self._lock:
-            if self._file < 0:
-                with tempfile.TemporaryFile() as file:
-                    self._file = os.dup(file.fileno())
-            done = 0
-            while done < len(data):
-                number, start = divmod(offset + done, _PIECE)
-                part = data[done : done + _PIECE - start]
-                piece = self._piece(number)
-                os.pwrite(self._file, piece[:start] + part + piece[start + len(part) :], number * _PIECE)
-                self._written.add(number)
-                done += len(part)
+        try:
+            with self._lock:
+                self._write(offset, data)
+        except OSError as error:
+            reason = f"what is written to a scratch disk cannot be kept: {error.strerror}"
+            self.not_judged(reason)
+            raise KernelError(errno.EIO, reason, "blkdev_write_iter") from None
         return len(data)
 
+    def _write(self, offset: int, data: bytes) -> None:
+        if self._file < 0:
+            with tempfile.TemporaryFile() as file:
+                self._file = os.dup(file.fileno())
+        done = 0
+        while done < len(data):
+            number, start = divmod(offset + done, _PIECE)
+            part = data[done : done + _PIECE - start]
+            piece = self._piece(number)
+            place = self._kept.get(number, len(self._kept))
+            if place >= self.most_kept:
+                raise OSError(errno.EFBIG, f"it is more than {self.most_kept * _PIECE} bytes")
+            pwrite(self._file, piece[:start] + part + piece[start + len(part) :], place * _PIECE)
+            self._kept[number] = place
+            done += len(part)
+
     def _piece(self, number: int) -> bytes:
-        if number in self._written:
-            return os.pread(self._file, _PIECE, number * _PIECE)
+        place = self._kept.get(number)
+        if place is not None:
+            return os.pread(self._file, _PIECE, place * _PIECE)
         return hashlib.shake_128(self._seed + number.to_bytes(8, "little")).digest(_PIECE)
 
 
@@ -130,7 +151,7 @@ def crypt(table: Table, length: int, words: list[bytes]) -> Crypt:
         raise _invalid("no sector of the device")
     table.remark(f"{table.owner_name} is not encrypted, and what is on {device.name} not decrypted: a scratch disk")
     given = (words[0], words[1].lower(), b"%d" % offset)
-    return Crypt(length, device, start, given, options, Scratch(length * SECTOR, table.read_only))
+    return Crypt(length, device, start, given, options, Scratch(length * SECTOR, table.read_only, table.not_judged))
 
 
 def _options(words: list[bytes]) -> tuple[bytes, ...]:

@@ -41,6 +41,18 @@ class Corruption:
     action: str
 
 
+@frozen
+class ReadError:
+    """What a verity device could not read, though not for corruption; ``action`` is what its table says is then done.
+
+    ``restart`` or ``panic``.
+    """
+
+    device: str
+    reason: str
+    action: str
+
+
 @define
 class Table:
     """A table while it is made, and afterwards. ``owner`` is the number of the device that it is for.
@@ -54,12 +66,16 @@ class Table:
     owner_name: str
     read_only: bool
     surroundings: Surroundings
-    corrupted: Callable[[Corruption], None]
+    faulty: Callable[[Corruption | ReadError], None]
     #: Is told of what a target does otherwise than a kernel's, and all the same goes on.
     remark: Callable[[str], None]
+    #: Is told, from any thread, of what cannot be known of a kernel's.
+    not_judged: Callable[[str], None]
     targets: list["Target"] = field(factory=list)
     #: The newest first, as ``dm_get_device()`` keeps them.
     used: list[BlockDevice] = field(factory=list)
+    #: What is to be done before the devices are given back.
+    at_end: list[Callable[[], None]] = field(factory=list)
 
     def get_device(self, path: bytes) -> BlockDevice:
         """Open a device that a target names, and claim it (``dm_get_device()``).
@@ -86,9 +102,16 @@ class Table:
 
     def destroy(self) -> None:
         """Give the devices back (``dm_table_destroy()``)."""
+        self.finish()
         for device in self.used:
             self.devices.release(device, self.holder)
         self.used.clear()
+
+    def finish(self) -> None:
+        """Hear that nobody will read any more."""
+        for act in self.at_end:
+            act()
+        self.at_end.clear()
 
     @property
     def sectors(self) -> int:

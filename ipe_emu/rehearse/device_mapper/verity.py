@@ -15,7 +15,7 @@ from ipe_emu.integrity.facts import Digest, Facts
 from ipe_emu.rehearse.block.content import SECTOR
 from ipe_emu.rehearse.block.device import BlockDevice
 from ipe_emu.rehearse.device_mapper.arguments import unsigned, unsigned_long_long
-from ipe_emu.rehearse.device_mapper.target import Corruption, Table
+from ipe_emu.rehearse.device_mapper.target import Corruption, ReadError, Table
 
 _PAGE_SIZE: Final = 4096
 _INT_MAX: Final = (1 << 31) - 1
@@ -29,7 +29,9 @@ _ON_CORRUPTION: Final = {
     "restart_on_corruption": "restart",
     "panic_on_corruption": "panic",
 }
-_ON_ERROR: Final = frozenset({"restart_on_error", "panic_on_error"})
+_ON_ERROR: Final = {"restart_on_error": "restart", "panic_on_error": "panic"}
+#: More of a device than this is not looked through for corruption that a kernel might have come upon.
+_MOST_LOOKED_THROUGH: Final = 8 << 30
 _CORRECTION: Final = frozenset({"use_fec_from_device", "fec_blocks", "fec_start", "fec_roots"})
 
 
@@ -69,9 +71,11 @@ class VerityContent:
     name: str
     data_device: str
     action: str
+    on_error: str
     _table: Table = field(repr=False)
     corrupted: bool = False
     read_only: bool = field(default=True, init=False)
+    _was_read: bool = field(default=False, init=False)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return verified bytes. CorruptedError (EIO), unless corruption is to be ignored; it is reported each time."""
@@ -80,6 +84,7 @@ class VerityContent:
         if offset < 0 or end <= offset:
             return b""
         first = offset // size
+        self._was_read = True
         data = b"".join(self._block(number) for number in range(first, (end - 1) // size + 1))
         start = offset - first * size
         return data[start : start + end - offset]
@@ -93,11 +98,37 @@ class VerityContent:
             return self.blocks.read_block(number)
         except CorruptedError as error:
             self.corrupted = True
-            self._table.corrupted(Corruption(self.name, self.data_device, error.reason, self.action))
+            self._table.faulty(Corruption(self.name, self.data_device, error.reason, self.action))
             if self.action != "ignore":
                 raise
             size = self.blocks.parameters.data_block_size
             return self.blocks.read_data(number * size, size)
+        except KernelError as error:
+            # verity_finish_io(): not for what is only read ahead, and nothing is here.
+            if self.on_error:
+                self._table.faulty(ReadError(self.name, error.reason, self.on_error))
+            raise
+
+    def look_for_corruption(self) -> None:
+        """Say so if there is corruption that nobody came upon: a kernel reads ahead, and ends the machine for it."""
+        if not self._was_read or self.corrupted:
+            return
+        found = ""
+        if self.size > _MOST_LOOKED_THROUGH:
+            found = "is too large to be looked through for corruption"
+        for number in range(0 if found else self.size // self.blocks.parameters.data_block_size):
+            try:
+                self.blocks.read_block(number)
+            except CorruptedError as error:
+                found = f"is corrupted where it was not read: {error.reason}"
+                break
+            except KernelError:  # nothing comes of that where it is read ahead
+                continue
+        if found:
+            self._table.not_judged(
+                f"the verity device {self.name} {found}. With {self.action}_on_corruption a kernel ends the machine if"
+                " it reads that, be it ahead"
+            )
 
 
 @frozen(eq=False)
@@ -194,8 +225,10 @@ class VerityType:
             )
         except UserError as error:
             raise NotJudgedError(f"a verity table that is not emulated: {error}") from None
-        action = _ON_CORRUPTION.get(options.on_corruption, "eio")
-        content = VerityContent(blocks, length * SECTOR, table.owner_name, data_device.shown, action, table)
+        action, on_error = _ON_CORRUPTION.get(options.on_corruption, "eio"), _ON_ERROR.get(options.on_error, "")
+        content = VerityContent(blocks, length * SECTOR, table.owner_name, data_device.shown, action, on_error, table)
+        if action in {"restart", "panic"}:
+            table.at_end.append(content.look_for_corruption)
         return Verity(length, data_device, hash_device, parameters, hash_start, root_hash, options, content)
 
     def _verify_root_hash(self, table: Table, text: bytes, signature: bytes) -> None:
@@ -242,7 +275,7 @@ def _read_option(options: Options, name: str, data_blocks: int) -> bool:
     elif name == "ignore_zero_blocks":
         options.ignore_zero_blocks = True
     elif name == "check_at_most_once":
-        # Here every read is verified; that differs only for a device that changes meanwhile.
+        # Here every read is verified; that differs only for a device that changes meanwhile, and is too strict then.
         if data_blocks > _INT_MAX:
             raise KernelError(errno.E2BIG, "too large for check_at_most_once", "verity_alloc_most_once")
         options.check_at_most_once = True

@@ -16,6 +16,22 @@ BLKGETSIZE, BLKSSZGET, BLKDISCARD, BLKZEROOUT = 0x1260, 0x1268, 0x1277, 0x127F
 BLKGETSIZE64, BLKBSZGET, BLKBSZSET, HDIO_GETGEO = 0x80081272, 0x80081270, 0x40081271, 0x0301
 
 
+@define(eq=False)
+class Endless:
+    """A large device, which only counts what is written to it."""
+
+    size: int = 1 << 40
+    read_only: bool = False
+    written: int = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+    def write(self, offset: int, data: bytes) -> int:
+        self.written += len(data)
+        return len(data)
+
+
 @define
 class Asking:
     """A caller whose argument points to ``memory``."""
@@ -94,6 +110,19 @@ def test_zeros(it: Disk) -> None:
         assert it.ask(BLKZEROOUT, it.part, memory=struct.pack("<QQ", start, length)) == "EINVAL"
     assert it.ask(BLKZEROOUT, it.part, may_write=False) == "EBADF"
     assert it.ask(BLKDISCARD, it.part, memory=bytes(16)) == errno.errorcode[errno.EOPNOTSUPP]
+
+
+def test_zeros_are_writes_and_not_endless(it: Disk) -> None:
+    before = it.devices.writes
+    assert it.ask(BLKZEROOUT, it.part, memory=struct.pack("<QQ", 0, 512)) == b""
+    assert it.devices.writes == before + 1  # who keeps what he has read of a disk goes by that
+    it.part.content = Endless()
+    most = 1 << 30
+    with pytest.raises(NotJudgedError, match=f"writing {most + 512} zeros at once"):
+        it.ask(BLKZEROOUT, it.part, memory=struct.pack("<QQ", 0, most + 512))
+    assert it.part.content.written == 0
+    assert it.ask(BLKZEROOUT, it.part, memory=struct.pack("<QQ", 512, most)) == b""
+    assert it.part.content.written == most
 
 
 def test_reading_the_partitions_again(it: Disk) -> None:

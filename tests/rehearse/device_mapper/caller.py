@@ -14,7 +14,7 @@ from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.device_mapper.control import DeviceMapper
 from ipe_emu.rehearse.device_mapper.ioctl import Command, Flag
 from ipe_emu.rehearse.device_mapper.mapped_device import MappedDevice
-from ipe_emu.rehearse.device_mapper.target import Corruption
+from ipe_emu.rehearse.device_mapper.target import Corruption, ReadError
 from ipe_emu.rehearse.device_mapper.types import interface_version, target_types
 from tests.rehearse.block.images import Bytes
 
@@ -74,8 +74,11 @@ class Seen:
     def remark(self, text: str) -> None:
         self.said.append(text)
 
-    def corrupted(self, corruption: Corruption) -> None:
-        self.said.append(f"!{corruption.device} {corruption.action}")
+    def unknown(self, text: str) -> None:
+        self.said.append(f"?{text}")
+
+    def faulty(self, fault: Corruption | ReadError) -> None:
+        self.said.append(f"{'!' if isinstance(fault, Corruption) else '#'}{fault.device} {fault.action}")
 
 
 @define

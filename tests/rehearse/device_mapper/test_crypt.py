@@ -3,8 +3,9 @@ import random
 
 import pytest
 
-from ipe_emu.errors import NotJudgedError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.integrity.facts import NO_FACTS
+from ipe_emu.rehearse.device_mapper.crypt import Scratch
 from ipe_emu.rehearse.device_mapper.ioctl import Command, Flag
 from tests.rehearse.device_mapper.caller import Machine, targets_of
 
@@ -39,6 +40,32 @@ def test_what_is_written_is_read_and_the_rest_is_noise(machine: Machine) -> None
     assert device.facts == NO_FACTS
     table = targets_of(machine.call(Command.TABLE_STATUS, name=b"scratch", flags=Flag.STATUS_TABLE))
     assert table == [(0, 64, b"crypt", b"aes-xts-plain64 " + KEY.lower() + b" 0 254:16 8 1 allow_discards")]
+
+
+def test_a_device_as_large_as_can_be(machine: Machine) -> None:
+    """Where the file that keeps it could not be."""
+    sectors = (1 << 54) - 8
+    assert machine.create(b"low", (0, sectors, b"zero", b""), flags=0).errno == 0
+    line = b"aes-xts-plain64 " + KEY + b" 0 253:0 0"
+    assert machine.create(b"scratch", (0, sectors, b"crypt", line), flags=0).errno == 0
+    device = machine.devices.named("dm-1")
+    assert device is not None
+    for offset in (1 << 61, sectors * 512 - 512, 0):
+        assert device.write(offset, b"x" * 512) == 512
+        assert device.read(offset, 1024)[:512] == b"x" * 512
+    assert not [said for said in machine.seen.said if said.startswith("?")]
+
+
+def test_what_cannot_be_kept_is_not_judged() -> None:
+    told: list[str] = []
+    scratch = Scratch(1 << 20, read_only=False, not_judged=told.append, most_kept=2)
+    assert scratch.write(0, b"a" * 8192) == 8192
+    assert scratch.write(4096, b"b" * 4096) == 4096
+    with pytest.raises(KernelError, match="more than 8192 bytes") as refused:
+        scratch.write(8000, b"c" * 4096)
+    assert refused.value.errno == errno.EIO
+    assert told == ["what is written to a scratch disk cannot be kept: it is more than 8192 bytes"]
+    assert scratch.read(0, 8000) == b"a" * 4096 + b"b" * 3904
 
 
 def test_another_device_has_other_noise(machine: Machine) -> None:

@@ -145,6 +145,57 @@ def test_a_corrupted_block(verity: Verity, option: bytes, action: str) -> None:
     assert verity.status() == b"C"
 
 
+@pytest.mark.parametrize("option", [b"", b"ignore_corruption", b"restart_on_corruption", b"panic_on_corruption"])
+def test_corruption_that_nobody_reads(verity: Verity, option: bytes) -> None:
+    """A kernel may read it ahead, and two of the options end the machine then."""
+    verity.disk("vda").data[7 * 4096 + 1] ^= 1
+    ends = option.startswith((b"restart", b"panic"))
+    verity.create(*filter(None, [option]))
+    verity.machine.dm.finish()
+    assert not any(said.startswith("?") for said in verity.machine.seen.said)  # nobody has read anything
+    verity.machine.call(Command.DEV_REMOVE, name=b"root")
+    for end in (lambda: verity.machine.call(Command.DEV_REMOVE, name=b"root"), verity.machine.dm.finish):
+        verity.create(*filter(None, [option]))
+        verity.read(0, 4096)
+        end()
+        doubts = [said for said in verity.machine.seen.said if said.startswith("?")]
+        assert len(doubts) == ends
+        assert all("is corrupted where it was not read: data block 7 " in doubt for doubt in doubts)
+        verity.machine.seen.said.clear()
+    assert verity.status() == b"V"
+
+
+def test_nothing_is_in_doubt_of_an_intact_device(verity: Verity) -> None:
+    verity.create(b"restart_on_corruption")
+    verity.read(0, 4096)
+    verity.machine.dm.finish()
+    assert verity.machine.seen.said[-1] == "=root"
+
+
+@pytest.mark.parametrize(
+    ("option", "told"), [(b"", []), (b"Restart_on_error", ["#root restart"]), (b"panic_on_error", ["#root panic"])]
+)
+@pytest.mark.parametrize("disk", ["vda", "vdb"])
+def test_a_read_error_is_no_corruption(verity: Verity, option: bytes, told: list[str], disk: str) -> None:
+    verity.create(*filter(None, [option]))
+    verity.machine.devices.named(disk).content = Bytes(bytes(4096))  # type: ignore[union-attr]
+    before = len(verity.machine.seen.said)
+    with pytest.raises(KernelError, match=f"{disk} ends at byte 4096") as caught:
+        verity.read(4096, 1)
+    assert caught.value.errno == errno.EIO
+    assert verity.machine.seen.said[before:] == told
+    assert verity.status() == b"V"
+
+
+def test_corruption_is_no_read_error(verity: Verity) -> None:
+    """io->had_mismatch keeps it from what is to be done on errors."""
+    verity.disk("vda").data[0] ^= 1
+    verity.create(b"panic_on_error")
+    with pytest.raises(CorruptedError):
+        verity.read(0, 1)
+    assert verity.machine.seen.said[-1] == "!root eio"
+
+
 def test_a_wrong_root_hash_and_another_image(verity: Verity, tmp_path: Path) -> None:
     """As on the kernel, the device can be made, and nothing read."""
     verity.create(w8=bytes(32).hex().encode())
