@@ -143,6 +143,31 @@ def test_no_import_cycles() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
+def imported_with(module: str) -> set[str]:
+    """Every module of ours that is there as soon as ``module`` is imported."""
+    files = {module_of(path): path for path in sources()}
+    found: set[str] = set()
+    waiting = {module}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        above = {name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)}
+        waiting |= ({m for m, at_once in imports(files[name]) if at_once} | above) & files.keys() - found
+    return found
+
+
+def test_a_boot_begins_without_what_it_may_never_need() -> None:
+    late = {"rehearse.agent", "rehearse.machine", "rehearse.image.rootfs", "rehearse.device_mapper", "volumes.ext4"}
+    assert imported_with("ipe_emu.rehearse.boot") & {f"ipe_emu.{name}" for name in late} == set()
+
+
+def test_the_processes_of_a_machine_import_nothing_once_they_have_given_up_their_ids() -> None:
+    """Our own files may be closed to them then."""
+    there = imported_with("ipe_emu.rehearse.agent")
+    needed = {"machine", "command", "image.rootfs", "image.archive", "image.compression"}
+    assert there >= {f"ipe_emu.rehearse.{name}" for name in needed}
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_ctypes_only_in_linux(path: Path) -> None:
     uses = {module.split(".")[0] for module, _ in imports(path)}
