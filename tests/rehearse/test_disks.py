@@ -173,7 +173,7 @@ veritysetup status root
         *("root", "1"),
         *("/sys/block/dm-0/slaves:", "vda", "vdb", "", "/sys/block/vda/holders:", "dm-0"),
         next(line for line in done.output if line.startswith(f"root: 0 {BLOCKS * 8} verity 1 {table} ")),
-        f"root: 0 {BLOCKS * 8} verity V",
+        f"root: 0 {BLOCKS * 8} verity V -",
         "root: 2 dependencies\t: (254, 16) (254, 0)",
         "root:0:L--r",
         "Command failed.",

@@ -143,6 +143,7 @@ class Verity:
     root_hash: bytes
     options: Options
     content: VerityContent
+    shows_corrections: bool
     type: str = field(default="verity", init=False)
 
     @property
@@ -164,8 +165,9 @@ class Verity:
         )
 
     def info(self) -> bytes:
-        """Return its status: V, or C once corruption was found."""
-        return b"C" if self.content.corrupted else b"V"
+        """Return its status: V, or C once corruption was found; behind it, how often blocks were corrected."""
+        state = b"C" if self.content.corrupted else b"V"
+        return state + b" -" if self.shows_corrections else state
 
     def table(self) -> bytes:
         """Return its arguments."""
@@ -180,8 +182,12 @@ class Verity:
 
 @frozen
 class VerityType:
-    """Makes targets verity; ``require_signatures`` is the module parameter (``dm_verity.require_signatures=1``)."""
+    """Makes targets verity; ``require_signatures`` is the module parameter (``dm_verity.require_signatures=1``).
 
+    ``shows_corrections``: the kernel's status has a second word, which is ``-`` without forward error correction.
+    """
+
+    shows_corrections: bool
     require_signatures: bool = False
 
     def __call__(self, table: Table, length: int, words: list[bytes]) -> Verity:
@@ -229,7 +235,10 @@ class VerityType:
         content = VerityContent(blocks, length * SECTOR, table.owner_name, data_device.shown, action, on_error, table)
         if action in {"restart", "panic"}:
             table.at_end.append(content.look_for_corruption)
-        return Verity(length, data_device, hash_device, parameters, hash_start, root_hash, options, content)
+        return Verity(
+            length, data_device, hash_device, parameters, hash_start, root_hash, options, content,
+            self.shows_corrections,
+        )  # fmt: skip
 
     def _verify_root_hash(self, table: Table, text: bytes, signature: bytes) -> None:
         if signature:

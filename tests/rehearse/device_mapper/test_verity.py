@@ -70,8 +70,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, bytes
     return made(tmp_path_factory.mktemp("verity") / "image")
 
 
-def verity_of(image: tuple[bytes, bytes, bytes], *, require_signatures: bool = False) -> Verity:
-    machine = Machine(require_signatures=require_signatures)
+def verity_of(
+    image: tuple[bytes, bytes, bytes], *, kernel: str = "linux-7.3", require_signatures: bool = False
+) -> Verity:
+    machine = Machine(kernel, require_signatures=require_signatures)
     data, tree, root_hash = image
     machine.vda.content, machine.vdb.content = Bytes(data), Bytes(tree)
     words = [
@@ -98,7 +100,7 @@ def test_a_device_reads_what_the_root_hash_vouches_for(verity: Verity) -> None:
     assert verity.create().errno == 0
     assert verity.read(0, BLOCKS * 4096 + 5) == verity.disk("vda").data
     assert verity.read(4000, 200) == verity.disk("vda").data[4000:4200]
-    assert verity.status() == b"V"
+    assert verity.status() == b"V -"
     assert verity.table() == b" ".join([b"1 254:0 254:16", *verity.words[3:]])
     assert verity.facts == Facts(dmverity_roothash=Digest("sha256", verity.root_hash))
     device = verity.machine.devices.named("dm-0")
@@ -107,6 +109,16 @@ def test_a_device_reads_what_the_root_hash_vouches_for(verity: Verity) -> None:
     with pytest.raises(KernelError) as caught:
         device.write(0, b"x")
     assert caught.value.errno == errno.EPERM
+
+
+def test_older_kernels_count_no_corrections(image: tuple[bytes, bytes, bytes]) -> None:
+    verity = verity_of(image, kernel="linux-6.12")
+    verity.create()
+    assert verity.status() == b"V"
+    verity.disk("vda").data[0] ^= 1
+    with pytest.raises(CorruptedError):
+        verity.read(0, 1)
+    assert verity.status() == b"C"
 
 
 def test_the_facts_hold_while_the_device_does(verity: Verity) -> None:
@@ -134,7 +146,7 @@ def test_a_corrupted_block(verity: Verity, option: bytes, action: str) -> None:
     verity.disk("vda").data[7 * 4096 + 1] ^= 1
     verity.create(*filter(None, [option]))
     assert verity.read(0, 7 * 4096) == verity.disk("vda").data[: 7 * 4096]
-    assert verity.status() == b"V"
+    assert verity.status() == b"V -"
     if action == "ignore":
         assert verity.read(7 * 4096, 4096) == verity.disk("vda").data[7 * 4096 : 8 * 4096]
     else:
@@ -142,7 +154,7 @@ def test_a_corrupted_block(verity: Verity, option: bytes, action: str) -> None:
             verity.read(6 * 4096, 8192)
         assert caught.value.errno == errno.EIO
     assert verity.machine.seen.said[-1] == f"!root {action}"
-    assert verity.status() == b"C"
+    assert verity.status() == b"C -"
 
 
 @pytest.mark.parametrize("option", [b"", b"ignore_corruption", b"restart_on_corruption", b"panic_on_corruption"])
@@ -162,7 +174,7 @@ def test_corruption_that_nobody_reads(verity: Verity, option: bytes) -> None:
         assert len(doubts) == ends
         assert all("is corrupted where it was not read: data block 7 " in doubt for doubt in doubts)
         verity.machine.seen.said.clear()
-    assert verity.status() == b"V"
+    assert verity.status() == b"V -"
 
 
 def test_nothing_is_in_doubt_of_an_intact_device(verity: Verity) -> None:
@@ -184,7 +196,7 @@ def test_a_read_error_is_no_corruption(verity: Verity, option: bytes, told: list
         verity.read(4096, 1)
     assert caught.value.errno == errno.EIO
     assert verity.machine.seen.said[before:] == told
-    assert verity.status() == b"V"
+    assert verity.status() == b"V -"
 
 
 def test_corruption_is_no_read_error(verity: Verity) -> None:
@@ -212,7 +224,7 @@ def test_blocks_of_zeros(verity: Verity) -> None:
     verity.disk("vda").data[5 * 4096] = 1
     verity.create(b"ignore_zero_blocks")
     assert verity.read(5 * 4096, 4096) == bytes(4096)
-    assert verity.status() == b"V"
+    assert verity.status() == b"V -"
 
 
 def test_all_options_are_shown_in_the_kernels_order(verity: Verity) -> None:
