@@ -89,7 +89,7 @@ def test_programs_of_the_volume_run_and_copies_of_them_do_not(
     done = emu.shell(script, "--volume", volume.option("mnt"), *options)
     assert done.stdout.splitlines() == [
         "program", "script", "small", "-rwxr-xr-x 1 0", "-rw------- 1 0", f"{len(LARGE)} regular file 0",
-        "status 126", "stays read-only", "same", "ipe", "lsm", "0",
+        "status 126", "stays read-only", "same", "ima", "integrity", "ipe", "lsm", "0",
     ], done.stderr  # fmt: skip
     assert done.stderr.count("Read-only file system") == 2
     records = log.read_text()
