@@ -76,6 +76,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "gettid": (186, 178),
     "remap_file_pages": (216, 234),
     "exit_group": (231, 94),
+    "epoll_ctl": (233, 21),
     "tgkill": (234, 131),
     "kexec_load": (246, 104),
     "add_key": (248, 217),

@@ -72,6 +72,26 @@ def test_an_unsigned_policy_takes_over_and_a_new_root_runs(emu: Runner) -> None:
     assert "done here, refused by linux-7.3: 1; the first: unsigned policy Lockdown" in done.errors
 
 
+SEEK = """#include <stdio.h>
+#include <fcntl.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    for (int i = 1; i < argc; i++)
+        printf("%ld ", (long)lseek(open(argv[i], O_RDONLY), 0, SEEK_CUR));
+    puts("");
+}
+"""
+
+
+def test_nodes_have_no_position_and_what_else_is_served_has(one: Runner, tmp_path: Path) -> None:
+    script = f"{MOUNTS}/bin/seek $IPE/enforce $IPE/../lsm /proc/cmdline /dev/vda /dev/null /init\npoweroff -f\n"
+    tree = build_tree(one.place / "tree", script)
+    compile_c(SEEK, tree / "bin/seek", "-static")
+    (one.place / "disk").write_bytes(bytes(4096))
+    done = boot(one, tree, "--disk", f"vda={one.place / 'disk'}")
+    assert done.output == ["-1 0 0 0 0 0 "], done.errors
+
+
 def test_a_policy_of_ima_is_read_by_ipes_leave(emu: Runner) -> None:
     script = f"""{MOUNTS}
     echo /etc/ima.pol > /sys/kernel/security/ima/policy || echo refused

@@ -101,6 +101,46 @@ def test_calls_that_fuse_does_not_pass_on(emu: Runner) -> None:
     ], done.stderr
 
 
+POSITIONS_AND_POLLING = """
+import errno, os, select
+root = "/sys/kernel/security/"
+def outcome(act):
+    try:
+        return act()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+names = "ipe/enforce", "ipe/policies/Initramfs/name", "lsm", "ipe", "/proc/self/maps"
+opened = [os.open(os.path.join(root, name), os.O_RDONLY) for name in names]
+epoll = select.epoll()
+print(*(outcome(lambda: os.lseek(fd, 0, os.SEEK_CUR)) for fd in opened))
+print(*(outcome(lambda: os.lseek(opened[0], *where)) for where in ((0, os.SEEK_SET), (0, os.SEEK_END), (0, 9))))
+print(*(outcome(lambda: epoll.register(fd, select.EPOLLIN)) for fd in opened))
+print(os.pread(opened[0], 5, 0), os.read(opened[0], 5), outcome(lambda: epoll.register(os.pipe()[0])))
+path = os.open(root + "ipe/enforce", os.O_PATH)
+print(outcome(lambda: os.lseek(path, 0, os.SEEK_CUR)), outcome(lambda: epoll.register(path, select.EPOLLIN)))
+try:
+    open(root + "ipe/enforce", "r+")
+except OSError as error:
+    print(error)
+print(open(root + "ipe/enforce", "w").write("1"))
+"""
+
+
+def test_positions_and_polling(emu: Runner) -> None:
+    """Nodes of IPE have no position, ``lsm`` has one; no file of securityfs can be polled."""
+    done = emu.run("run", "--boot-policy", emu.with_policy()[1], "--boot-verified", "/", "--", sys.executable, "-c",
+                   POSITIONS_AND_POLLING)  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "ESPIPE ESPIPE 0 0 0",
+        "ESPIPE ESPIPE EINVAL",
+        "EPERM EPERM EPERM EPERM EPERM",
+        "b'1' b'1' None",
+        "EBADF EBADF",
+        "File or stream is not seekable.",
+        "1",
+    ], done.stderr
+
+
 def test_nothing_is_written_without_the_capability(emu: Runner) -> None:
     write = f"{sys.executable} -c 'import os; os.write(1, b\"\")'"
     done = emu.shell(f"setpriv --bounding-set -mac_admin {write} > /sys/kernel/security/ipe/enforce")
