@@ -102,6 +102,11 @@ FAULTS: dict[str, tuple[Sequence[Event], Result, str]] = {
          events.Panicked(0.4, None, "Attempted to kill init! exitcode=0x00000100")],
         Result.PROGRAM_FAILED, "tampered volume",
     ),
+    "restarted-for-corruption": (
+        [*initramfs_phase(), events.Message(0.2, None, TAMPERED),
+         events.Rebooted(0.2, None, events.RESTARTED_ITSELF, "restart_on_corruption of the verity device root")],
+        Result.PROGRAM_FAILED, "tampered volume",
+    ),
     "another-root-hash": (
         [*initramfs_phase(), events.Message(0.2, None, ANOTHER),
          events.Panicked(0.4, None, "Attempted to kill init! exitcode=0x00000100")],
