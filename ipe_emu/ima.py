@@ -85,7 +85,9 @@ class ImaPolicy:
         text = data[:LONGEST_WRITE].partition(b"\0")[0]  # a string, to the kernel
         with self._lock:
             try:
-                return self._read_policy(text, writer) if text[:1] == b"/" else _add_rule(text, writer, self.observer)
+                if text[:1] == b"/":
+                    return self._read_policy(text, writer)
+                return _add_rule(text, len(data), writer, self.observer)
             except NotJudgedError as error:
                 self.observer.not_judged(writer.subject, _CALL, str(error))
                 raise KernelError(errno.EINVAL, f"could not be judged: {error}", "ima_parse_rule") from None
@@ -104,15 +106,16 @@ class ImaPolicy:
         return len(text)
 
 
-def _add_rule(text: bytes, writer: Writer, observer: Observer) -> int:
-    """Take the first line of what was written (``ima_parse_add_rule()``); the writer is to write the rest again."""
-    line, end, _ = text.partition(b"\n")
-    if not end:
+def _add_rule(text: bytes, written: int, writer: Writer, observer: Observer) -> int:
+    """Take the first line of ``written`` bytes (``ima_parse_add_rule()``); the writer is to write the rest again."""
+    line = text.partition(b"\n")[0]
+    taken = len(line) + 1
+    if taken > written:
         # The kernel would return one more than was written, which programs take for all kinds of things.
         raise NotJudgedError("a rule without a newline at its end")
     if _check_line(line):
         observer.not_done(writer.subject, _CALL, _not_in_force(1))
-    return len(line) + 1
+    return taken
 
 
 def check_rules(content: bytes) -> int:
@@ -125,16 +128,7 @@ def check_rules(content: bytes) -> int:
     if not content.endswith(b"\n"):
         # What ima_read_policy() counts is then one more than there is.
         raise _invalid("the last line does not end with a newline")
-    rules = 0
-    doubt: NotJudgedError | None = None
-    for line in content[:-1].split(b"\n"):
-        try:
-            rules += _check_line(line)
-        except NotJudgedError as error:
-            doubt = doubt or error
-    if doubt is not None:
-        raise doubt
-    return rules
+    return sum(_check_line(line) for line in content[:-1].split(b"\n"))
 
 
 def _check_line(line: bytes) -> bool:
@@ -142,16 +136,17 @@ def _check_line(line: bytes) -> bool:
     rule = line.decode("latin-1").lstrip(" \t")
     if not rule or rule.startswith("#"):
         return False
-    words = [word for word in re.split("[ \t]", rule) if word]
-    parsed = [_WORD.fullmatch(word) for word in words]
-    commented = any(word.startswith("#") for word in words)  # from 7.0 on the rest is a comment
-    for word, found in zip(words, parsed, strict=True):
-        if not commented and not _is_known(found):
+    parsed = []
+    for word in filter(None, re.split("[ \t]", rule)):
+        if word.startswith("#"):
+            raise NotJudgedError("IMA is not emulated, and whether the rest is a comment depends on its version")
+        found = _WORD.fullmatch(word)
+        if found is None or not _is_known(found):
             raise _invalid(f"{word[:50]!r} is no word of a rule")
-    doubtful = [word for word, found in zip(words, parsed, strict=True) if not _is_certain(found)]
-    if doubtful:
-        raise NotJudgedError(f"IMA is not emulated, and {doubtful[0][:50]!r} depends on it")
-    names = [found[1] for found in parsed if found is not None]
+        if not _is_certain(found):
+            raise NotJudgedError(f"IMA is not emulated, and {word[:50]!r} depends on it")
+        parsed.append(found)
+    names = [found[1] for found in parsed]
     actions = [name for name in names if name in _HARMLESS]
     if len(actions) != 1:
         raise _invalid(f"a rule has one action, and this one {len(actions)}")
@@ -161,10 +156,8 @@ def _check_line(line: bytes) -> bool:
     return True
 
 
-def _is_known(found: re.Match[str] | None) -> bool:
+def _is_known(found: re.Match[str]) -> bool:
     """Whether a word can stand in a rule of some kernel."""
-    if found is None:
-        return False
     name, sign = found[1], found[2]
     if name in _HARMLESS:
         return sign is None
@@ -173,9 +166,9 @@ def _is_known(found: re.Match[str] | None) -> bool:
     return name in _SOME_KERNELS
 
 
-def _is_certain(found: re.Match[str] | None) -> bool:
+def _is_certain(found: re.Match[str]) -> bool:
     """Whether a known word is good in every kernel."""
-    if found is None or found[1] in _SOME_KERNELS:
+    if found[1] in _SOME_KERNELS:
         return False
     condition = _CONDITIONS.get(found[1])
     return condition is None or bool(condition[1].fullmatch(found[3]))
