@@ -125,10 +125,11 @@ def check_rules(content: bytes) -> int:
     """
     if len(content) > _LONGEST_FILE or b"\0" in content:
         raise NotJudgedError("a file that is no text, or too long for a policy")
+    rules = sum(_check_line(line) for line in content.split(b"\n")[:-1])
     if not content.endswith(b"\n"):
         # What ima_read_policy() counts is then one more than there is.
         raise _invalid("the last line does not end with a newline")
-    return sum(_check_line(line) for line in content[:-1].split(b"\n"))
+    return rules
 
 
 def _check_line(line: bytes) -> bool:

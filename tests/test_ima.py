@@ -112,6 +112,7 @@ def test_what_no_kernel_takes(content: bytes) -> None:
         b"audit # fsmagic\n",
         b"measure fsmagic=0x10000000000000000 nonsense\n",  # ERANGE, as it is
         b"dont_audit\n",
+        b"dont_audit\naudit",
         b"measure func=KEY_CHECK keyrings=.ima\n",
         b"measure func=NO_SUCH\n",
         b"measure uid=0 euid=0\n",
@@ -126,7 +127,7 @@ def test_what_is_not_judged(content: bytes) -> None:
         check_rules(content)
 
 
-#: What Linux 6.12.117 with IMA (CONFIG_IMA_WRITE_POLICY, in user mode) returned for the path of a file that holds this.
+#: What Linux 6.12.117 and 7.3.4 with IMA (CONFIG_IMA_WRITE_POLICY, in user mode) returned for the path of such a file.
 OF_A_KERNEL = {
     b"dont_measure fsmagic=0x9fa0\naudit func=BPRM_CHECK mask=MAY_EXEC uid=0\n": 0,
     b"measure func=MMAP_CHECK mask=^MAY_READ euid>1000 fowner<5\n": 0,
