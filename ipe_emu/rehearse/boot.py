@@ -39,15 +39,17 @@ from ipe_emu.linux.process import SignalInfo
 from ipe_emu.linux.seccomp import Listener
 from ipe_emu.lsm import Decision
 from ipe_emu.profiles import Profile
-from ipe_emu.rehearse import events
+from ipe_emu.rehearse import cgroups, events
 from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.block.probe import Probed
 from ipe_emu.rehearse.blueprint import BootBlueprint
+from ipe_emu.rehearse.cgroups import CgroupKeeper, WithoutCgroups
 from ipe_emu.rehearse.console import Console
 from ipe_emu.rehearse.disks import TEXT_FILES, Disks
 from ipe_emu.rehearse.events import Event, Timeline
 from ipe_emu.rehearse.facts import SuperblockFacts
 from ipe_emu.rehearse.file_systems import KINDS, BlockFileSystems
+from ipe_emu.rehearse.first_namespaces import FirstNamespaces
 from ipe_emu.rehearse.image.open import Image
 from ipe_emu.rehearse.init_arguments import InitArguments
 from ipe_emu.rehearse.live import Live
@@ -56,7 +58,8 @@ from ipe_emu.rehearse.power import Power
 from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.shell import DebuggingShell, Program
-from ipe_emu.rehearse.staging import DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.staging import CGROUP2, DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.statfs import Statfs
 from ipe_emu.rehearse.verdict import fails
 from ipe_emu.rehearse.watch import WatchedIpe
 
@@ -81,6 +84,8 @@ _PID_DEPTH: Final = 2
 _PID_OF_INIT: Final = 1
 #: How many file systems the machine gives, if its devpts is among them.
 _WITH_DEVPTS: Final = 4
+#: Where systemd is, which cannot be an init process without a hierarchy of cgroups.
+_SYSTEMD: Final = (b"/usr/lib/systemd/systemd", b"/lib/systemd/systemd")
 #: The level that a line written to /dev/kmsg may begin with.
 _LEVEL: Final = re.compile(r"^<\d+>")
 #: Where udev's daemon is.
@@ -163,10 +168,11 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
             os._exit(0)
 
     blocked = [signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
-    with contextlib.closing(console), Sandbox(be_agent, standing.root, blocked) as sandbox:
+    with contextlib.closing(console), CgroupKeeper() as groups, Sandbox(be_agent, standing.root, blocked) as sandbox:
         theirs.close()
         their_orders.close()
         rehearsal.orders = our_orders
+        rehearsal.groups = groups
         return rehearsal.run(sandbox)
 
 
@@ -191,8 +197,10 @@ class _Rehearsal:
     file_systems: BlockFileSystems = field(init=False)
     keyctl: Keyctl = field(factory=Keyctl, init=False)
     power: Power = field(init=False)
+    first_namespaces: FirstNamespaces = field(factory=FirstNamespaces, init=False)
     shell: DebuggingShell = field(init=False)
     orders: Channel = field(init=False)
+    groups: CgroupKeeper = field(init=False)
     _ipe: WatchedIpe = field(init=False)
     _answering: Answering = field(init=False)
     _commands: list[Notifications] = field(factory=list, init=False)
@@ -248,6 +256,8 @@ class _Rehearsal:
             *(() if self.sealing is None else self.sealing.traps),
             *self.keyctl.traps,
             *self.uname.traps,
+            *Statfs(self.mounting.devices).traps,
+            *self.first_namespaces.traps,
             Trap("execve", functools.partial(self._plan_execve, plan_execve, 0)),
             Trap("execveat", functools.partial(self._plan_execve, plan_execveat, 1)),
             *self._exits,
@@ -272,12 +282,13 @@ class _Rehearsal:
             self.keyctl.begin(ipe, self.root, dm_verity_unsealed=unsealed)
             fuse = sandbox.expect("fuse")
             self._init = sandbox.expect("init").fds[0]
-            self._init_pid = process.pid_of(self._init)
+            self._init_pid = self.first_namespaces.init = process.pid_of(self._init)
             machine = self._machine()
             self._note_start(ipe, machine)
             user_namespace = machine.values["user_namespace"]
             device = fuse.values["device"]
             self._know_root(machine)
+            self._make_group()
             self.uname.release = release_of(ipe.profile, self.options.release, machine.values["modules"])
             server.serve_session(
                 fuse.fds[1],
@@ -285,7 +296,8 @@ class _Rehearsal:
             )
             self._stage(machine, device)
             self.disks.devtmpfs = self.mounting.devices[DEVTMPFS]
-            self.disks.furnish(has_udev=self._has_udev())
+            self.disks.nodes.sysfs = self.mounting.devices[SYSFS]
+            self.disks.furnish(has_udev=self._has(_UDEV))
             self._serve_nodes(machine)
             exec_hook = hook.ExecHook(
                 ipe,
@@ -369,11 +381,30 @@ class _Rehearsal:
         self.facts.by_device[number] = Facts(boot_verified=True)
         self.mounting.root_mount = mount
 
+    def _make_group(self) -> None:
+        """Have the machine in a group of its own, if there may be a systemd in it."""
+        if not any(self.options.devices) and not self._has(_SYSTEMD):
+            return
+        emulators = dict(self.mounting.emulators)
+        try:
+            self.groups.make(self.root, self._init_pid)
+            del emulators[CGROUP2.name]  # this machine's kernel mounts it
+        except CannotEmulateError as error:
+            emulators[CGROUP2.name] = WithoutCgroups(str(error), emulators[CGROUP2.name], self._give_up)
+        self.mounting.emulators = emulators
+
+    def _give_up(self, subject: Subject, call: str, reason: str) -> None:
+        """End the rehearsal, for a machine that cannot go on as it would."""
+        self.not_judged(subject, call, reason)
+        self._kill()
+
     def _stage(self, machine: Message, securityfs: int) -> None:
         """Give the agent what the machine made for it, and complete that."""
-        if len(machine.fds) == _WITH_DEVPTS:
+        uevents, *staged = machine.fds
+        self.disks.uevents.begin(uevents, self.root)
+        if len(staged) == _WITH_DEVPTS:
             self.mounting.emulators = {**self.mounting.emulators, "devpts": Staged(DEVPTS)}
-        for path, fd in zip((DEVTMPFS, SYSFS, PROC, DEVPTS), machine.fds, strict=False):
+        for path, fd in zip((DEVTMPFS, SYSFS, PROC, DEVPTS), staged, strict=False):
             self.mounting.devices[path] = os.fstat(fd).st_dev
             self.agent.stage(fd, path)
             os.close(fd)
@@ -382,7 +413,9 @@ class _Rehearsal:
             self.agent.bind(Path("/dev") / name, DEVTMPFS / name)
         self.agent.bind(self.console.console.path, DEVTMPFS / "console")
         self.agent.bind(self.console.kmsg.path, DEVTMPFS / "kmsg")
-        self.mounting.proc_parts += [(TEXTS / name, name) for name in ("cmdline", "filesystems", "keys", *TEXT_FILES)]
+        self.mounting.proc_parts += [
+            (TEXTS / name, name) for name in ("cgroups", "cmdline", "filesystems", "keys", *TEXT_FILES)
+        ]
         if Path("/proc/modules").exists():  # this machine's own, which modprobe would take for loaded
             self.mounting.proc_parts.append((TEXTS / "modules", "modules"))
         if Path("/proc/sysrq-trigger").exists():
@@ -391,11 +424,11 @@ class _Rehearsal:
             # Its root is root of this machine, as far as files are concerned.
             self.mounting.proc_parts += [(None, name) for name in procfs.CONTROLS if name != "sysrq-trigger"]
 
-    def _has_udev(self) -> bool:
-        """Whether the image has what makes /dev/disk."""
+    def _has(self, paths: Sequence[bytes]) -> bool:
+        """Whether the image has one of these files."""
         root = os.open(f"/proc/{self._init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for path in _UDEV:
+            for path in paths:
                 with contextlib.suppress(OSError):
                     os.close(openat2.open_path(root, path, openat2.RESOLVE_IN_ROOT))
                     return True
@@ -668,6 +701,7 @@ def _session(
     )
     if session.subtrees is not None:
         session.subtrees.add_text(b"cmdline", lambda: rehearsal.options.cmdline + b"\n")
+        session.subtrees.add_text(b"cgroups", cgroups.controllers)
         session.subtrees.add_text(b"keys", rehearsal.keyctl.proc_keys)
         rehearsal.disks.serve(session.subtrees, root, device)
         session.subtrees.add_text(b"modules", rehearsal.modules.listing)

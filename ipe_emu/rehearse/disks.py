@@ -24,6 +24,7 @@ from ipe_emu.rehearse.block.device import BlockDevices
 from ipe_emu.rehearse.block.nodes import CONTROL, BlockNodes
 from ipe_emu.rehearse.block.plan import Dir, Gone, Link, Node, Step
 from ipe_emu.rehearse.block.probe import Probed
+from ipe_emu.rehearse.block.uevents import Uevents
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.staging import DEVICE_NODES, DEVTMPFS, MAPPER, SYSFS
 
@@ -82,6 +83,7 @@ class Disks:
     #: The st_dev of the machine's devtmpfs.
     devtmpfs: int = field(default=-1, init=False)
     nodes: BlockNodes = field(init=False)
+    uevents: Uevents = field(init=False)
     _mapper: "DeviceMapper | None" = field(default=None, init=False)
     _subtrees: "Subtrees" = field(init=False, repr=False)
     _served: threading.Event = field(factory=threading.Event, init=False, repr=False)
@@ -89,7 +91,8 @@ class Disks:
     _names: Iterator[int] = field(factory=itertools.count, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self.nodes = BlockNodes(self.devices, self, self)
+        self.uevents = Uevents(self.devices)
+        self.nodes = BlockNodes(self.devices, self, self, self.uevents)
 
     @property
     def traps(self) -> Sequence[Trap]:
@@ -220,6 +223,11 @@ class Disks:
         block = device.block_device
         self._make(SYSFS, plan.sysfs_of(self.devices, block, **_names(device)))
         self._make(DEVTMPFS, plan.devtmpfs_of(block))
+        self.uevents.tell(block, "add")
+
+    def tell_udev(self, device: "MappedDevice", action: str, cookie: int) -> None:
+        """Tell udev of a mapped device (``dm_kobject_uevent()``)."""
+        self.uevents.tell(device.block_device, action, {"DM_COOKIE": str(cookie)} if cookie else {})
 
     def changed(self, device: "MappedDevice") -> None:
         """Show what a mapped device is now."""
@@ -235,6 +243,7 @@ class Disks:
     def disappeared(self, device: "MappedDevice") -> None:
         """Show it no more."""
         lower = device.active.used if device.active else []
+        self.uevents.tell(device.block_device, "remove")
         self._make(SYSFS, plan.gone(self.devices, device.block_device, lower))
         self._make(DEVTMPFS, [Gone(device.block_device.name)])
 

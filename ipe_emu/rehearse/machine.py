@@ -14,7 +14,7 @@ from ipe_emu.exec_hook.blueprint import IGNORED_SIGNALS
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.init import install_filter
 from ipe_emu.exec_hook.mount_plan import new_proc
-from ipe_emu.linux import mounts, namespaces, process, procfs
+from ipe_emu.linux import mounts, namespaces, process, procfs, uevents
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.namespaces import Namespace
 from ipe_emu.rehearse.blueprint import BootBlueprint
@@ -41,15 +41,15 @@ _MOST_REMARKS: Final = 50
 def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
     """Be the machine's first process.
 
-    Sends ``machine`` with the devtmpfs, sysfs and proc to be staged, then ``listener``; then lines of the kernel's log
-    as ``log``, and ``panic`` where there is no init process.
+    Sends ``machine`` with a socket for uevents and the devtmpfs, sysfs and proc to be staged, then ``listener``; then
+    lines of the kernel's log as ``log``, and ``panic`` where there is no init process.
     """
     try:
         process.set_name(b"ipe-emu machine")
         process.die_with_parent()
         process.set_dumpable(True)
         os.umask(0)
-        namespaces.unshare(Namespace.MOUNT | Namespace.UTS | Namespace.IPC | Namespace.NET | Namespace.CGROUP)
+        namespaces.unshare(Namespace.MOUNT | Namespace.UTS | Namespace.IPC | Namespace.NET)
         # Now: a proc can be made where one can be seen that hides nothing (mount_too_revealing()).
         proc = new_proc()
         devpts = _devpts()
@@ -57,11 +57,12 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         unpacked = _unpack(blueprint)
         described = _described(unpacked)
         mounts.pivot_root_into(ROOT)
-        staged = [_devtmpfs(), _sysfs(), proc, *devpts]
+        staged = [uevents.open_socket(), _devtmpfs(), _sysfs(), proc, *devpts]
         os.umask(0o022)  # as that of init_task
         channel.ask("machine", described, staged)
         for fd in staged:
             os.close(fd)
+        namespaces.unshare(Namespace.CGROUP)  # now that it was put into the machine's own group, if it has one
         install_filter(channel, blueprint.rules)
         _kernel_init(channel, blueprint.init)
     except NotJudgedError as error:

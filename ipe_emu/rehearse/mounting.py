@@ -42,8 +42,8 @@ _UMOUNT_NOFOLLOW: Final = 8
 #: copy_mount_string() and copy_mount_options() take no more.
 _LONGEST: Final = 4096
 
-#: What this machine's kernel mounts for a user namespace that has everything of its own.
-_NATIVE: Final = frozenset({"tmpfs", "ramfs", "devpts", "mqueue", "overlay"})
+#: What this machine's kernel mounts for a user namespace that has everything of its own, where no emulator is asked.
+_NATIVE: Final = frozenset({"cgroup2", "tmpfs", "ramfs", "devpts", "mqueue", "overlay"})
 #: Pseudo file systems that are empty here. None of them can hold a program.
 _EMPTY: Final = frozenset({
     "configfs", "debugfs", "tracefs", "pstore", "bpf", "fusectl", "efivarfs", "selinuxfs", "hugetlbfs",

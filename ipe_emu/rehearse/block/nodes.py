@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 
 from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.exec_hook.access import Access
-from ipe_emu.exec_hook.caller import Caller
+from ipe_emu.exec_hook.caller import Caller, path_of
 from ipe_emu.exec_hook.execve import read_path
 from ipe_emu.exec_hook.plan import Continue, Install, Perform, Plan, Refuse, Return
 from ipe_emu.exec_hook.traps import Trap
@@ -28,6 +28,7 @@ from ipe_emu.linux.syscalls import AT_EMPTY_PATH, AT_FDCWD, signed_int
 from ipe_emu.linux.user_map import inside, is_mapped
 from ipe_emu.rehearse.block.device import BlockDevice, BlockDevices
 from ipe_emu.rehearse.block.ioctls import BLK, HDIO_GETGEO, block_ioctl
+from ipe_emu.rehearse.block.uevents import UeventFile, Uevents
 
 if TYPE_CHECKING:
     from ipe_securityfs.subtrees import DiskFile, Subtrees
@@ -123,6 +124,9 @@ class BlockNodes:
     devices: BlockDevices
     control: Control
     placing: Placing
+    uevents: Uevents
+    #: The st_dev of the machine's sysfs.
+    sysfs: int = field(default=-1, init=False)
     _subtrees: "Subtrees" = field(init=False, repr=False)
     root: int = field(default=-1, init=False)
     _session: int = field(default=-1, init=False)
@@ -219,17 +223,39 @@ class BlockNodes:
         except (OSError, NotJudgedError):
             return None  # the kernel finds the same; and if it should find a node of ours, it does not open it
         st = os.fstat(fd)
-        if not self._is_ours(st):
+        told = self._told_by(st, fd) if flags & os.O_ACCMODE != os.O_RDONLY else None
+        if not self._is_ours(st) and told is None:
             return None
         if flags & os.O_CREAT and flags & os.O_EXCL:
             return None  # EEXIST
         _check_access(caller.access, st, flags)
+        if told is not None:
+            return Plan(Install(lambda: self._open_uevent(told, flags), bool(flags & os.O_CLOEXEC)))
         status = _status(caller, st)
         return Plan(Install(lambda: self._open(status, flags), bool(flags & os.O_CLOEXEC)))
 
     def _is_ours(self, st: os.stat_result) -> bool:
         """Whether it is a node of the session: character devices that this machine lends are not."""
         return stat.S_IFMT(st.st_mode) in _FORMATS and (stat.S_ISBLK(st.st_mode) or st.st_dev == self._session)
+
+    def _told_by(self, st: os.stat_result, fd: int) -> BlockDevice | None:
+        """Return the device whose file ``uevent`` of sysfs an O_PATH descriptor is open on, if it is one."""
+        if st.st_dev != self.sysfs:
+            return None
+        *_, name, last = (b"/" + path_of(fd)).split(b"/")
+        return self.devices.named(os.fsdecode(name)) if last == b"uevent" else None
+
+    def _open_uevent(self, device: BlockDevice, flags: int) -> int:
+        with self._lock:
+            name = b"uevent-%d" % next(self._names)
+        opened: list[DiskFile] = []
+        file = UeventFile(device, self.uevents, lambda: self._subtrees.remove(opened[0]))
+        opened.append(self._subtrees.add_disk(name, file))
+        try:
+            return os.open(b"images/" + name, flags & _KEPT_FLAGS | os.O_CLOEXEC, dir_fd=self.root)
+        except OSError:
+            self._subtrees.remove(opened[0])
+            raise
 
     def _open(self, status: FileStatus, flags: int) -> int:
         """Open what a node stands for (``blkdev_open()``, ``misc_open()``)."""

@@ -134,7 +134,7 @@ def sysfs_state(devices: BlockDevices, device: BlockDevice, *, name: str = "", u
     files = {
         "dev": device.shown, "size": str(device.sectors), "ro": str(int(device.read_only)), "alignment_offset": "0",
         "discard_alignment": "0", "inflight": f"{0:8} {0:8}", "stat": _NO_STATISTICS,
-        "uevent": _uevent(device),
+        "uevent": "\n".join(f"{key}={value}" for key, value in properties(device).items()),
     }  # fmt: skip
     if device.partition is not None:
         files |= {"partition": str(device.partition.number), "start": str(device.partition.start)}
@@ -145,7 +145,7 @@ def sysfs_state(devices: BlockDevices, device: BlockDevice, *, name: str = "", u
         yield Dir(f"{where}/dm")
         files |= {"dm/name": name, "dm/uuid": uuid, "dm/suspended": "0"}
     for key, value in files.items():
-        yield File(f"{where}/{key}", value + "\n")
+        yield File(f"{where}/{key}", value + "\n", 0o644 if key == "uevent" else 0o444)
 
 
 def _queue(device: BlockDevice) -> dict[str, str]:
@@ -160,19 +160,20 @@ def _queue(device: BlockDevice) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _uevent(device: BlockDevice) -> str:
-    lines = {
-        "MAJOR": os.major(device.number),
-        "MINOR": os.minor(device.number),
+def properties(device: BlockDevice) -> dict[str, str]:
+    """Return the variables of a device that its events and its ``uevent`` have (``dev_uevent()``)."""
+    found = {
+        "MAJOR": str(os.major(device.number)),
+        "MINOR": str(os.minor(device.number)),
         "DEVNAME": device.name,
         "DEVTYPE": "disk" if device.whole is None else "partition",
-        "DISKSEQ": (device.whole or device).sequence,
+        "DISKSEQ": str((device.whole or device).sequence),
     }
     if device.partition is not None:
-        lines["PARTN"] = device.partition.number
+        found["PARTN"] = str(device.partition.number)
         if device.partition.label:
-            lines["PARTNAME"] = _seven_bits(device.partition.label)
-    return "\n".join(f"{key}={value}" for key, value in lines.items())
+            found["PARTNAME"] = _seven_bits(device.partition.label)
+    return found
 
 
 def _seven_bits(label: str) -> str:

@@ -51,6 +51,9 @@ class Observer(Protocol):
     def disappeared(self, device: MappedDevice) -> None:
         """It is no more."""
 
+    def tell_udev(self, device: MappedDevice, action: str, cookie: int) -> None:
+        """The driver itself has something to tell; ``cookie`` is the caller's, by which he waits for udev, or 0."""
+
     def faulty(self, fault: Corruption | ReadError) -> None:
         """A verity device was read where it is corrupted, or cannot be read; from any thread."""
 
@@ -232,6 +235,8 @@ class DeviceMapper:
                 raise KernelError(errno.EBUSY, "the device is open", "dm_lock_for_deletion")
             device.deferred_remove = True
             return
+        if device.registered:
+            self.observer.tell_udev(device, "remove", block.event_nr)
         self._remove(device)
         block.set_flags(Flag.DEFERRED_REMOVE, to=False)
         block.set_flags(Flag.UEVENT_GENERATED)
@@ -263,10 +268,14 @@ class DeviceMapper:
             device.name = new
         device.table_event()
         block.set_flags(Flag.UEVENT_GENERATED)
+        cookie = block.event_nr
         device.describe(block)
         self.observer.changed(device)
+        if device.registered:
+            self.observer.tell_udev(device, "change", cookie)
 
     def _dev_suspend(self, block: Block) -> None:
+        cookie = block.event_nr
         device = self._find(block)
         if block.flags & Flag.SUSPEND:
             device.suspended = True
@@ -274,6 +283,8 @@ class DeviceMapper:
             self._resume(device, block)
         device.describe(block)
         self.observer.changed(device)
+        if block.flags & Flag.UEVENT_GENERATED:
+            self.observer.tell_udev(device, "change", cookie)
 
     def _resume(self, device: MappedDevice, block: Block) -> None:
         """Make the inactive table the active one, if there is one, and go on (``do_resume()``)."""

@@ -61,6 +61,7 @@ class Seen:
     """What an observer is told."""
 
     said: list[str] = field(factory=list)
+    told_udev: list[str] = field(factory=list)
 
     def appeared(self, device: MappedDevice) -> None:
         self.said.append(f"+{device.block_device.name}")
@@ -70,6 +71,9 @@ class Seen:
 
     def disappeared(self, device: MappedDevice) -> None:
         self.said.append(f"-{device.block_device.name}")
+
+    def tell_udev(self, device: MappedDevice, action: str, cookie: int) -> None:
+        self.told_udev.append(f"{action} {os.fsdecode(device.name)} {cookie}")
 
     def remark(self, text: str) -> None:
         self.said.append(text)

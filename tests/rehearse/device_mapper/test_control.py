@@ -96,7 +96,8 @@ def test_a_device_from_its_making_to_its_end(machine: Machine) -> None:
     assert machine.call(Command.DEV_STATUS, name=b"root").fields["open"] == 1
     assert machine.call(Command.DEV_REMOVE, name=b"root").errno == errno.EBUSY
     device.openers -= 1
-    removed = machine.call(Command.DEV_REMOVE, name=b"root")
+    removed = machine.call(Command.DEV_REMOVE, name=b"root", event_nr=7)
+    assert machine.seen.told_udev == ["change root 0", "remove root 7"]
     assert (removed.errno, removed.flags & Flag.UEVENT_GENERATED) == (0, Flag.UEVENT_GENERATED)
     assert machine.seen.said[-1] == "-dm-0"
     assert machine.devices.named("dm-0") is None
