@@ -32,7 +32,7 @@ exec switch_root /newroot /sbin/init
 def make_root(place: Path, kind: Kind) -> Volume:
     """Make a root file system with busybox and an init script."""
     tree = place / "tree"
-    for name in ("bin", "sbin", "etc", "proc", "sys", "dev"):
+    for name in ("bin", "sbin", "etc", "proc", "sys", "dev", "run"):
         (tree / name).mkdir(parents=True)
     busybox = shutil.which("busybox")
     assert busybox
