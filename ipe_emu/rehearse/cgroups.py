@@ -33,6 +33,8 @@ _DELEGATED: Final = ("", "cgroup.procs", "cgroup.subtree_control", "cgroup.threa
 #: How long a group may be busy once its processes were killed, in seconds; and how often it is tried meanwhile.
 _TIME_TO_EMPTY: Final = 10.0
 _PAUSE: Final = 0.005
+#: The watcher's only descriptor beside the standard ones.
+_TOLD: Final = 3
 #: A path is at most so long.
 _LONGEST: Final = 4096
 
@@ -147,10 +149,14 @@ def _watch(told: int) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         process.set_name(b"ipe-emu watcher")
-        group = os.read(told, _LONGEST)
-        process.close_from(told + 1)
+        # Nothing of its parent's may be kept open: who waits for the end of a stream would never see it.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for inherited, fd in ((told, _TOLD), (nothing, 0), (nothing, 1), (nothing, 2)):
+            os.dup2(inherited, fd)
+        process.close_from(_TOLD + 1)
+        group = os.read(_TOLD, _LONGEST)
         if group:
-            os.read(told, 1)
+            os.read(_TOLD, 1)
             remove(Path(os.fsdecode(group)))
     finally:
         os._exit(0)
