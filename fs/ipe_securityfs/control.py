@@ -102,35 +102,56 @@ def held_lock(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _locked(path: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder removed the file before letting go: a lock on it would keep nobody out.
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise UserError("an emulator is mounted there already; end it with `ipe-emu umount`") from None
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Wait until nobody else of this user takes or tries a lock of the directory.
+
+    Whoever only looks whether one is taken takes it for a moment, in which somebody else would believe that it is.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(fd)
+
+
+def _locked(path: Path) -> int:
+    with _alone_in(path.parent):
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last holder removed the file before letting go: a lock on it would keep nobody out.
+                if os.fstat(fd).st_nlink:
+                    return fd
+            except BlockingIOError:
+                os.close(fd)
+                raise UserError("an emulator is mounted there already; end it with `ipe-emu umount`") from None
+            os.close(fd)
 
 
 def sweep(directory: Path) -> None:
     """Remove what emulators that were killed have left in a runtime directory."""
-    for lock in directory.glob("*.lock"):
-        with contextlib.suppress(UserError, OSError), held_lock(lock):  # in use, or being swept by another
-            for path in directory.glob(f"{lock.stem}.*"):
-                if path != lock:
-                    path.unlink(missing_ok=True)
+    with _alone_in(directory):
+        for lock in directory.glob("*.lock"):
+            with contextlib.suppress(OSError):
+                if not _is_held(lock):
+                    for path in directory.glob(f"{lock.stem}.*"):
+                        path.unlink(missing_ok=True)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock of a mount point."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with _alone_in(path.parent):
+            return _is_held(path)
     except OSError:
         return False
+
+
+def _is_held(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

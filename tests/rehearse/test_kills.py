@@ -1,5 +1,6 @@
 """What is left when the supervisor of a boot is killed: nothing."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -11,8 +12,8 @@ from tests.rehearse.images import BOOT_POLICY, MOUNTS, build_tree
 
 pytestmark = [pytest.mark.needs("fuse", "user-namespaces", "busybox"), pytest.mark.timeout(100)]
 
-#: Nobody else sleeps for so long.
-MARK = "4000111"
+#: Nobody else sleeps for so long, another run of these tests included.
+MARK = f"4{os.getpid():07}"
 STUBBORN = f"""{MOUNTS}
 trap '' TERM INT HUP QUIT
 mount -t tmpfs none /newroot

@@ -326,3 +326,44 @@ def test_without_an_emulator_clients_say_so(tmp_path: Path) -> None:
         Connection.open(tmp_path)
     with pytest.raises(UserError, match="no emulator is mounted"):
         client.unmount(tmp_path)
+
+
+def test_who_looks_for_emulators_keeps_none_from_starting(tmp_path: Path) -> None:
+    # As when a user mounts in several places at once: each looks for what killed ones left behind.
+    stop = threading.Event()
+    refused: list[str] = []
+
+    def start(name: str) -> None:
+        for _ in range(3000):
+            try:
+                with control.held_lock(tmp_path / f"{name}.lock"):
+                    pass
+            except UserError as error:
+                refused.append(str(error))
+
+    def look() -> None:
+        while not stop.is_set():
+            control.sweep(tmp_path)
+            control.is_locked(tmp_path / "0.lock")
+
+    others = [threading.Thread(target=look)]
+    starting = [threading.Thread(target=start, args=(str(number),)) for number in range(2)]
+    for thread in (*others, *starting):
+        thread.start()
+    for thread in starting:
+        thread.join(50)
+    stop.set()
+    for thread in others:
+        thread.join(50)
+    assert not refused
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_nobody_holds_is_swept(tmp_path: Path) -> None:
+    for name in ("dead.lock", "dead.sock", "alive.sock"):
+        (tmp_path / name).touch()
+    with control.held_lock(tmp_path / "alive.lock"):
+        control.sweep(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"alive.lock", "alive.sock"}
+        with pytest.raises(UserError, match="mounted there already"), control.held_lock(tmp_path / "alive.lock"):
+            pass
