@@ -15,11 +15,14 @@ from ipe_emu.linux import namespaces, process
 from ipe_emu.linux.namespaces import Namespace
 
 
-def main(channel: Channel, supervisor: int, blueprint: Blueprint) -> NoReturn:
-    """Be the agent, until the sandbox has ended. A failure is reported as the message ``failed``."""
+def main(channel: Channel, supervisor: int, ending: int, blueprint: Blueprint) -> NoReturn:
+    """Be the agent, until the sandbox has ended. A failure is reported as the message ``failed``.
+
+    ``ending`` is for `fuse_abort.start`.
+    """
     try:
         begin(supervisor)
-        pid_1 = _build(channel, blueprint)
+        pid_1 = _build(channel, ending, blueprint)
         channel.close()
         process.close_from(0)
         os.waitpid(pid_1, 0)
@@ -43,7 +46,7 @@ def begin(supervisor: int) -> None:
     process.set_name(b"ipe-emu agent")
 
 
-def _build(channel: Channel, blueprint: Blueprint) -> int:
+def _build(channel: Channel, ending: int, blueprint: Blueprint) -> int:
     namespaces.unshare(Namespace.MOUNT)
     prepared = None
     if blueprint.own_securityfs:
@@ -51,7 +54,7 @@ def _build(channel: Channel, blueprint: Blueprint) -> int:
         # (``fuse_fill_super()`` wants both in the same), for who is outside the mount's may not even stat its files;
         # and from the host's pid namespace, so that requests name their callers as the supervisor knows them.
         fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        prepared = session_mounts.prepare(channel, fuse, blueprint.volumes, blueprint.user_namespace)
+        prepared = session_mounts.prepare(channel, fuse, ending, blueprint.volumes, blueprint.user_namespace)
     for step in blueprint.steps:
         step.execute()
     if prepared is not None:

@@ -68,15 +68,17 @@ class Sandbox:
     ``listener``, ``wait``. Up to and with ``listener`` they raise CannotEmulateError where the
     kernel refuses something: nothing of the command has run then.
 
-    ``be_agent`` is what the agent does, given its end of the channel and the supervisor's pid. ``root`` is the uid and
+    ``be_agent`` is what the agent does, given its end of the channel, the supervisor's pid, and a descriptor for
+    `fuse_abort.start`. ``root`` is the uid and
     gid of the tree's root outside; ``blocked`` are the signals that were blocked when this process was started.
     """
 
-    _be_agent: Callable[[Channel, int], NoReturn]
+    _be_agent: Callable[[Channel, int, int], NoReturn]
     _root: int
     _blocked: Collection[signal.Signals]
     _channel: Channel = field(init=False)
     _agent: int = field(init=False)
+    _ending: tuple[int, int] = field(init=False)
     _agent_ended: int = field(init=False)
     _signals: SignalDescriptor = field(init=False)
     _command: int | None = field(default=None, init=False)
@@ -88,10 +90,12 @@ class Sandbox:
         signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         self._signals = SignalDescriptor(_BLOCKED)
         supervisor = os.getpid()
+        self._ending = os.pipe()
         self._agent = os.fork()
         if self._agent == 0:
             self._channel.close()
-            self._be_agent(theirs, supervisor)
+            os.close(self._ending[1])
+            self._be_agent(theirs, supervisor, self._ending[0])
         theirs.close()
         self._agent_ended = os.pidfd_open(self._agent)
         return self
@@ -105,12 +109,15 @@ class Sandbox:
         self._channel.close()
         self._signals.close()
         os.close(self._agent_ended)
+        for fd in self._ending:
+            os.close(fd)
         if self._command is not None:
             os.close(self._command)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def kill(self) -> None:
         """Kill the agent, and with it the sandbox; from any thread."""
+        os.write(self._ending[1], b"\n")
         # Through the pidfd: the number may belong to another process once this one was waited for.
         process.send_signal(self._agent_ended, signal.SIGKILL)
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
+from ipe_emu.exec_hook import fuse_abort
 from ipe_emu.exec_hook.channel import Channel
 from ipe_emu.exec_hook.mount_plan import SECURITYFS, SecurityFs, shown
-from ipe_emu.linux import mounts
+from ipe_emu.linux import mounts, namespaces
+from ipe_emu.linux.namespaces import Namespace
 
 if TYPE_CHECKING:
     from ipe_emu.volumes.helper import Mounted
@@ -69,11 +71,14 @@ class Prepared:
                 os.close(fd)
 
 
-def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_namespace: int) -> Prepared:
+def prepare(
+    channel: Channel, fuse: int, ending: int, volumes: Sequence[PlannedVolume], user_namespace: int
+) -> Prepared:
     """Mount the session, tell the supervisor, and mount the volumes and the securityfs from it.
 
     To be done before the host's tree is changed, for the programs need its /dev and /proc. Sends ``fuse`` as soon as
-    there is something to serve, and ``unmountable`` for a volume that cannot be mounted.
+    there is something to serve, and ``unmountable`` for a volume that cannot be mounted. ``ending`` is for
+    `fuse_abort.start`.
     """
     mounts.make_private()
     staging = mounts.new_filesystem(b"tmpfs", {b"source": b"ipe-emu", b"mode": b"700"})
@@ -83,6 +88,8 @@ def prepare(channel: Channel, fuse: int, volumes: Sequence[PlannedVolume], user_
     session.mkdir()
     stage.mkdir()
     SecurityFs(fuse, session).execute()
+    fuse_abort.start(ending, session)
+    namespaces.unshare(Namespace.MOUNT)  # there it stays mounted, here it does not
     _send_session(channel, fuse, session, user_namespace)
     mounted = [(volume, _mount(channel, volume, session / _IMAGES / volume.name, stage)) for volume in volumes]
     securityfs, keys = (mounts.clone(session / name, recursive=False) for name in (_SECURITY, _KEYS))

@@ -44,6 +44,7 @@ _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 1 << 18
+_MNT_FORCE: Final = 1
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
 
@@ -108,6 +109,14 @@ def detach(path: bytes) -> None:
     A symbolic link at its end is not followed.
     """
     syscalls.call("umount2", path, _MNT_DETACH | _UMOUNT_NOFOLLOW)
+
+
+def abort(path: bytes) -> None:
+    """End the connection of the FUSE mount on ``path`` to its server (MNT_FORCE): whoever waits for it fails.
+
+    It is unmounted as well; OSError EBUSY if it is in use, when all else is done.
+    """
+    syscalls.call("umount2", path, _MNT_FORCE | _UMOUNT_NOFOLLOW)
 
 
 def set_attributes(

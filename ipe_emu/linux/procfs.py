@@ -6,6 +6,7 @@ read: ENOENT or ESRCH where the task is gone, EACCES or EPERM where this process
 
 import errno
 import os
+import signal
 import struct
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
@@ -24,6 +25,8 @@ _RECORD: Final = 4096
 _BEGINNING: Final = 400
 #: How many files of one thread are kept open.
 _MOST_KEPT: Final = 8
+#: Of a task's flags in its stat (include/linux/sched.h).
+_PF_EXITING: Final = 0x4
 
 
 @frozen
@@ -330,6 +333,12 @@ def is_stopped(tid: int) -> bool:
     returns, is not stopped yet.
     """
     return _status_field(tid, b"State").strip()[:1] in (b"T", b"t")
+
+
+def is_dying(tid: int) -> bool:
+    """Whether a thread ends, has ended and is there still, or was killed and cannot end for what it waits for."""
+    flags = int(record(tid, "stat").rpartition(b")")[2].split()[6])
+    return bool(flags & _PF_EXITING) or bool(int(_status_field(tid, b"SigPnd"), 16) & 1 << (signal.SIGKILL - 1))
 
 
 def is_first_of_child_namespace(pid: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from attrs import define
 
 from ipe_emu.errors import NotJudgedError
-from ipe_emu.exec_hook import agent
+from ipe_emu.exec_hook import agent, fuse_abort
 from ipe_emu.exec_hook.channel import Channel, Message
 from ipe_emu.exec_hook.mount_plan import SecurityFs
 from ipe_emu.linux import mounts, namespaces, process
@@ -28,12 +28,15 @@ from ipe_emu.volumes.recognise import Kind
 
 
 def main(
-    channel: Channel, supervisor: int, *, requests: Channel, orders: Channel, blueprint: BootBlueprint
+    channel: Channel, supervisor: int, ending: int, *, requests: Channel, orders: Channel, blueprint: BootBlueprint
 ) -> NoReturn:
-    """Be the agent, until the supervisor is gone. A failure before the machine is there is the message ``failed``."""
+    """Be the agent, until the supervisor is gone. A failure before the machine is there is the message ``failed``.
+
+    ``ending`` is for `fuse_abort.start`.
+    """
     try:
         agent.begin(supervisor)
-        namespace = _prepare(channel)
+        namespace = _prepare(channel, ending)
         # Made here, it belongs to the outer user namespace: whatever the machine does, its processes end with it.
         namespaces.unshare(Namespace.PID)
         this = os.pidfd_open(os.getpid())
@@ -50,7 +53,7 @@ def main(
         os._exit(0)
 
 
-def _prepare(channel: Channel) -> int:
+def _prepare(channel: Channel, ending: int) -> int:
     """Mount the staging directory and the FUSE session in a mount namespace of its own; return a descriptor of it."""
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     namespaces.unshare(Namespace.MOUNT)
@@ -60,6 +63,7 @@ def _prepare(channel: Channel) -> int:
         directory.mkdir()
     # From the host's pid namespace, so that requests name their callers as the supervisor knows them.
     SecurityFs(fuse, SESSION).execute()
+    fuse_abort.start(ending, SESSION)
     root = os.open(SESSION, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     channel.send("fuse", {"device": mounts.mount_at(SESSION).device}, [fuse, root])
     os.close(fuse)

@@ -153,7 +153,7 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
         image=options.image,
     )
 
-    def be_agent(channel: Channel, supervisor: int) -> NoReturn:
+    def be_agent(channel: Channel, supervisor: int, ending: int) -> NoReturn:
         try:
             ours.close()
             our_orders.close()
@@ -161,7 +161,7 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
             # Here, beside the supervisor, which imports the securityfs meanwhile and has no use for it.
             from ipe_emu.rehearse import agent  # noqa: PLC0415
 
-            agent.main(channel, supervisor, requests=theirs, orders=their_orders, blueprint=blueprint)
+            agent.main(channel, supervisor, ending, requests=theirs, orders=their_orders, blueprint=blueprint)
         except Exception as error:
             channel.report_failure(error)
         finally:
