@@ -1,4 +1,4 @@
-"""What tests must not leave behind: processes, and mounts."""
+"""What tests must not leave behind: processes, mounts, loop devices, and sockets that somebody listens at."""
 
 import os
 import secrets
@@ -18,14 +18,16 @@ def mark_environment() -> None:
 
 
 def leftovers(below: Path) -> list[str]:
-    """What is left behind, after giving what is just ending the time to end; mounts are looked for ``below``.
+    """What is left behind, after giving what is just ending the time to end.
+
+    Mounts, files behind loop devices and sockets are looked for ``below``: others are those of somebody else.
 
     Nothing is left only if two looks in a row find nothing: a process in the middle of execve(2) shows no environment.
     """
     deadline = time.monotonic() + _GRACE
     clean = 0
     while True:
-        found = [*_processes(), *_mounts(below)]
+        found = [*_processes(), *things_left(below)]
         clean = 0 if found else clean + 1
         if clean == 2 or time.monotonic() > deadline:
             return found
@@ -42,6 +44,28 @@ def _processes() -> Iterator[str]:
                 yield f"process {entry.name}: {(entry / 'cmdline').read_bytes()!r}"
         except OSError:  # gone meanwhile, or not ours to look at
             continue
+
+
+def things_left(below: Path) -> list[str]:
+    """What exists now, but for processes, and has to do with a directory."""
+    return [*_mounts(below), *_loop_devices(below), *_sockets(below)]
+
+
+def _loop_devices(below: Path) -> Iterator[str]:
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            behind = path.read_text(errors="surrogateescape").strip()
+        except OSError:  # let go of meanwhile
+            continue
+        if behind.startswith(f"{below}/"):
+            yield f"loop device: {path.parent.parent.name} of {behind}"
+
+
+def _sockets(below: Path) -> Iterator[str]:
+    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines():
+        name = line.split(maxsplit=7)[7:]
+        if name and name[0].removeprefix("@").startswith(f"{below}/"):
+            yield f"socket: {name[0]}"
 
 
 def _mounts(below: Path) -> Iterator[str]:
