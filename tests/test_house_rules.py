@@ -1,6 +1,7 @@
 """The rules that conftest.py holds every test to, tried on tests that break them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,24 @@ def test_a_capability_is_probed_once_and_named(tmp_path: Path) -> None:
     status, output = run_pytest(tmp_path, source, ci=False)
     assert status == 1  # a name that nobody probes is an error, not a skip
     assert "1 skipped, 1 error" in output
+
+
+#: An exception from a lint rule or from the type checker that is followed by nothing.
+_WITHOUT_REASON = re.compile(r"#\s*(?:ruff: )?(?:noqa(?::[A-Z0-9, ]*)?|type: ignore(?:\[[a-z, -]*\])?)\s*$")
+
+
+def test_every_lint_exception_has_its_reason() -> None:
+    bare = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for directory in ("ipe_emu", "fs", "tests", "scripts")
+        for path in sorted((ROOT / directory).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if _WITHOUT_REASON.search(line)
+    ]
+    assert not bare, "\n".join(bare)
+
+
+@pytest.mark.parametrize("exception", ["noqa", "noqa: S101", "noqa: S101,B023", "type: ignore", "type: ignore[misc]"])
+def test_an_exception_without_a_reason_is_seen(exception: str) -> None:
+    assert _WITHOUT_REASON.search(f"x = 1  # {exception}")
+    assert not _WITHOUT_REASON.search(f"x = 1  # {exception} - because")

@@ -135,7 +135,7 @@ def test_what_is_too_long_for_a_write_is_enomem_before_anything_is_looked_at() -
     ipe, _ = machine()
     loaded = ipe.policies[0]
     for call in (ipe.new_policy, lambda data, by: ipe.update(loaded, data, by)):
-        assert errno_of(lambda call=call: call(b"x" * WRITE_LIMIT, writer())) == errno.ENOMEM  # type: ignore[misc]
+        assert errno_of(lambda call=call: call(b"x" * WRITE_LIMIT, writer())) == errno.ENOMEM  # type: ignore[misc]  # default
 
 
 def test_an_unsigned_update_of_an_unsigned_policy_keeps_its_directory_and_stays_active() -> None:
@@ -159,9 +159,9 @@ def test_a_deleted_policy_answers_enoent_forever() -> None:
     ipe.new_policy(LOCKDOWN, writer())
     assert ipe.policies[-1] is not loaded
     for read in (ipe.getactive, ipe.read_name, ipe.read_version, ipe.read_policy, ipe.read_pkcs7):
-        assert errno_of(lambda read=read: read(loaded)) == errno.ENOENT  # type: ignore[misc]
+        assert errno_of(lambda read=read: read(loaded)) == errno.ENOENT  # type: ignore[misc]  # any type
     for write in (ipe.setactive, ipe.delete_policy, ipe.update):
-        assert errno_of(lambda write=write: write(loaded, b"1", writer())) == errno.ENOENT  # type: ignore[misc]
+        assert errno_of(lambda write=write: write(loaded, b"1", writer())) == errno.ENOENT  # type: ignore[misc]  # default
 
 
 def test_news_comes_after_the_change_and_without_a_lock() -> None:

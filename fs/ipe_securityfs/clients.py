@@ -277,7 +277,7 @@ def below_root_of(pid: int, path: bytes) -> bytes:
 
 def describe(pid: int, fd: int, facts: FactsSource, superblocks: Superblocks = mountinfo.OF_THIS_MACHINE) -> File:
     """Return the open file ``fd`` of this process as an event of process ``pid`` knows it; OSError on failure."""
-    path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115
+    path = os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115 - bytes: a path need not be UTF-8
     status = os.fstat(fd)
     mount = statx.mount_id(fd)
     known = facts.facts_of(

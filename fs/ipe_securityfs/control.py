@@ -63,7 +63,7 @@ def make_runtime_directory() -> Path:
     for directory in runtime_directories():
         try:
             if len(os.fsencode(directory)) + 40 > _MAX_SOCKET_PATH:
-                raise UserError(f"{directory}: too long for a socket in it")  # noqa: TRY301
+                raise UserError(f"{directory}: too long for a socket in it")  # noqa: TRY301 - any type
             directory.mkdir(mode=0o700, exist_ok=True)
             _check_private(directory)
         except (OSError, UserError) as error:

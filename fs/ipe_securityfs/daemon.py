@@ -114,7 +114,7 @@ def _checked(options: MountOptions) -> str:
 
 def _check_directory(mountpoint: str) -> None:
     try:
-        if not stat.S_ISDIR(os.stat(mountpoint).st_mode):  # noqa: PTH116
+        if not stat.S_ISDIR(os.stat(mountpoint).st_mode):  # noqa: PTH116 - errors as of open(2), without a Path
             raise UserError(f"{mountpoint}: not a directory")
     except FileNotFoundError:
         raise UserError(f"{mountpoint}: no such directory; make it first") from None
@@ -183,7 +183,7 @@ def _leave_terminal(log: Path, *, keep: int) -> None:
         os.dup2(source, target)  # inheritable: libfuse's helper says on stderr why it cannot mount
     os.close(messages)
     os.close(null)
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names alone, without a Path for each
         # What was opened here is marked close-on-exec, as Python does; what is not was inherited, and somebody may be
         # waiting for its end.
         fd = int(name)

@@ -74,7 +74,7 @@ def wait_until_gone(directory: str) -> None:
 
 def _has_helper(directory: str) -> bool:
     wanted = os.fsencode(directory)
-    for name in os.listdir("/proc"):  # noqa: PTH208
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names alone, without a Path for each
         if name.isdigit():
             try:
                 words = procfs.read(name, "cmdline").split(b"\0")

@@ -160,9 +160,9 @@ class SecurityFsServer(_Thread):
 
 def _session(fuse: Fuse, served: Served) -> "Session":
     from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - as above
-    from ipe_securityfs.mount import Session  # noqa: PLC0415
-    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
-    from ipe_securityfs.tree import SECURITY, Owner  # noqa: PLC0415
+    from ipe_securityfs.mount import Session  # noqa: PLC0415 - as above
+    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415 - as above
+    from ipe_securityfs.tree import SECURITY, Owner  # noqa: PLC0415 - as above
 
     surroundings = served.surroundings
     beside_others = bool(served.images or served.texts)

@@ -288,7 +288,7 @@ def threads(pid: int) -> list[int]:
 
 def processes() -> list[int]:
     """Return the id of every process that this /proc shows."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - any type
 
 
 def all_threads() -> Iterator[int]:
@@ -306,7 +306,7 @@ def uses_mounts(pid: int, mounts: Collection[int]) -> bool:
     False for a process that is gone.
     """
     try:
-        if any(mount_id(pid, int(fd)) in mounts for fd in os.listdir(f"/proc/{pid}/fdinfo")):  # noqa: PTH208
+        if any(mount_id(pid, int(fd)) in mounts for fd in os.listdir(f"/proc/{pid}/fdinfo")):  # noqa: PTH208 - any type
             return True
         return any(_mount_of(f"/proc/{pid}/{link}") in mounts for link in ("cwd", "root", "exe"))
     except (FileNotFoundError, ProcessLookupError):

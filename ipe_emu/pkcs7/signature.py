@@ -270,8 +270,8 @@ def _load_point(algorithm: str, data: bytes) -> "EllipticCurvePublicKey":
 
     Coordinates may be shorter or longer than the field asks for as long as they fill as many digits.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - only where it is needed: slow
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - as above
 
     curve = _CURVES[algorithm]
     half, odd = divmod(len(data) - 1, 2)
@@ -293,8 +293,8 @@ def _load_point(algorithm: str, data: bytes) -> "EllipticCurvePublicKey":
 @lru_cache(maxsize=16)
 def _prehashed(name: str) -> "Prehashed":
     """Return the wrapper by which ``cryptography`` takes a digest that is computed already."""
-    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import utils  # noqa: PLC0415
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - only where it is needed: slow
+    from cryptography.hazmat.primitives.asymmetric import utils  # noqa: PLC0415 - as above
 
     algorithm: hashes.HashAlgorithm = getattr(hashes, name.upper().replace("-", "_"))()
     return utils.Prehashed(algorithm)
@@ -306,7 +306,7 @@ _ECDSA_HASH_OF_SIZE = {20: oids.SHA1, 28: oids.SHA224, 32: oids.SHA256, 48: oids
 
 @lru_cache(maxsize=256)
 def _load_rsa(n: int, e: int) -> "RSAPublicKey | None":
-    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - only where it is needed: slow
 
     try:
         return rsa.RSAPublicNumbers(e, n).public_key()
@@ -316,8 +316,8 @@ def _load_rsa(n: int, e: int) -> "RSAPublicKey | None":
 
 def _openssl_accepts_rsa(key: _RsaKey, signature: Signature) -> bool:
     """Return whether ``cryptography`` accepts the signature; it accepts nothing the kernel refuses."""
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415 - any type
+    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415 - as above
 
     public_key = _load_rsa(key.n, key.e)
     if public_key is None or signature.digest is None:
@@ -330,8 +330,8 @@ def _openssl_accepts_rsa(key: _RsaKey, signature: Signature) -> bool:
 
 
 def _openssl_accepts_ecdsa(public_key: "EllipticCurvePublicKey", r: int, s: int, digest: bytes) -> bool:
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec, utils  # noqa: PLC0415
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - only where it is needed: slow
+    from cryptography.hazmat.primitives.asymmetric import ec, utils  # noqa: PLC0415 - as above
 
     algorithm = ec.ECDSA(_prehashed(_ECDSA_HASH_OF_SIZE[len(digest)]))
     try:

@@ -159,7 +159,7 @@ def boot(options: BootOptions, timeline: Timeline, say: Callable[[str], None]) -
             our_orders.close()
             console.close()
             # Here, beside the supervisor, which imports the securityfs meanwhile and has no use for it.
-            from ipe_emu.rehearse import agent  # noqa: PLC0415
+            from ipe_emu.rehearse import agent  # noqa: PLC0415 - only where it is needed: slow
 
             agent.main(channel, supervisor, ending, requests=theirs, orders=their_orders, blueprint=blueprint)
         except Exception as error:
@@ -680,9 +680,9 @@ def _session(
     rehearsal: _Rehearsal, ipe: WatchedIpe, fuse: tuple[int, int], user_namespace: int, device: int
 ) -> "Session":
     from ipe_securityfs.clients import Credentials  # noqa: PLC0415 - slow; this is another thread
-    from ipe_securityfs.mount import Session  # noqa: PLC0415
-    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415
-    from ipe_securityfs.tree import Owner  # noqa: PLC0415
+    from ipe_securityfs.mount import Session  # noqa: PLC0415 - as above
+    from ipe_securityfs.operations import MountedAs  # noqa: PLC0415 - as above
+    from ipe_securityfs.tree import Owner  # noqa: PLC0415 - as above
 
     descriptor, root = fuse
     mounted_as = MountedAs(

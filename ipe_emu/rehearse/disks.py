@@ -204,7 +204,7 @@ class Disks:
 
     def _make_mapper(self) -> "DeviceMapper":
         from ipe_emu.rehearse.device_mapper.control import DeviceMapper  # noqa: PLC0415 - see above
-        from ipe_emu.rehearse.device_mapper.types import interface_version, target_types  # noqa: PLC0415
+        from ipe_emu.rehearse.device_mapper.types import interface_version, target_types  # noqa: PLC0415 - as above
 
         types = target_types(self.profile, require_signatures=self.require_signatures)
         return DeviceMapper(self.devices, types, interface_version(self.profile), self)

@@ -402,7 +402,7 @@ class _Opener:
             return self._judge._file(self._found.path, program, self._found.st)
         return self._judge.file_of(program)
 
-    def registered_interpreter(self, head: bytes, name: bytes) -> bytes | None:  # noqa: ARG002
+    def registered_interpreter(self, head: bytes, name: bytes) -> bytes | None:  # noqa: ARG002 - the protocol's
         return None  # as in the sandbox of `run`, nothing is registered
 
     def check_accessible(self) -> None:

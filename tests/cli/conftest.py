@@ -48,4 +48,6 @@ def ipe_emu(capsys: pytest.CaptureFixture[str]) -> Run:
 def spawn(*arguments: str | bytes | Path, **options: object) -> "subprocess.CompletedProcess[bytes]":
     """Run the program as a process of its own."""
     command: Sequence[str | bytes | Path] = [*PROGRAM, *arguments]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False, env=ENVIRONMENT, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]  # options of any type
+        command, capture_output=True, timeout=60, check=False, env=ENVIRONMENT, **options
+    )

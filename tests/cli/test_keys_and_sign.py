@@ -3,6 +3,7 @@
 import json
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_a_stranger_is_refused_with_the_kernels_errno(ipe_emu: Run, policy: Path
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40], lambda b: b[:60] + b"\0" + b[61:]])
-def test_damaged_signed_policies_are_errors_and_never_text(ipe_emu: Run, policy: Path, tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_damaged_signed_policies_are_errors_and_never_text(
+    ipe_emu: Run, policy: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     ipe_emu("policy", "sign", "--key", KEYS / "trusted.key", "--cert", KEYS / "trusted.pem", policy)
     (tmp_path / "bad.p7b").write_bytes(damage((tmp_path / "a.p7b").read_bytes()))
     result = ipe_emu("policy", "check", "--builtin-keys", KEYS / "trusted.pem", tmp_path / "bad.p7b")

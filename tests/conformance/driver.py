@@ -6,7 +6,7 @@ BATCH and ANSWERS are JSON: a list of sequences of steps, and for each step its 
 With ``executing``, there are places on /mnt from which programs are executed.
 """
 
-# ruff: noqa: PTH101, PTH102, PTH211, PTH208
+# ruff: noqa: PTH101, PTH102, PTH211, PTH208 - system calls as they are
 # Each step is one system call; pathlib would make several.
 
 import array

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     way, profile, trusts, work = arguments
     subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt"], check=True)
     for name in ("initramfs", "batch", "securityfs"):
-        os.mkdir(f"/mnt/{name}")  # noqa: PTH102
+        os.mkdir(f"/mnt/{name}")  # noqa: PTH102 - as the recorded program does
     subprocess.run([MOUNT, "--bind", work, "/mnt/batch"], check=True)
     batch, answers = "/mnt/batch/batch.json", "/mnt/batch/answers.json"
     if way == "mount":
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     log.touch()
     opened = volumes.read(Path(work, "volumes.json"))
     for volume in opened:
-        os.mkdir(f"/mnt/{volume.name}")  # noqa: PTH102
+        os.mkdir(f"/mnt/{volume.name}")  # noqa: PTH102 - as the recorded program does
     command = [
         sys.executable, "-m", "ipe_emu", "run",
         *(f"--volume={volume.option}" for volume in opened),

@@ -29,7 +29,7 @@ DIGESTS: dict[str, type[hashes.SHA224 | hashes.SHA256 | hashes.SHA384 | hashes.S
 def _signer(name: str) -> tuple[x509.Certificate, pkcs7.PKCS7PrivateKeyTypes]:
     certificate = x509.load_pem_x509_certificate((KEYS / f"{name}.pem").read_bytes())
     key = serialization.load_pem_private_key((KEYS / f"{name}.key").read_bytes(), None)
-    return certificate, key  # type: ignore[return-value]
+    return certificate, key  # type: ignore[return-value]  # a list of one kind
 
 
 def octets(payload: Payload, base: int) -> bytes:

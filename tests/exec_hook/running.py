@@ -40,7 +40,7 @@ class Runner:
 
     def start(self, *arguments: str, **options: object) -> "subprocess.Popen[str]":
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}", "PYTHONDONTWRITEBYTECODE": "1"}
-        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]  # options of any type
             self.command_line(*arguments),
             **{
                 "cwd": self.place, "env": environment, "text": True, "stdin": subprocess.DEVNULL,

@@ -71,7 +71,7 @@ def test_every_bit_counts(image: Image) -> None:
     image.verify()
     places = [(image.data, range(PARAMETERS.data_size))]
     places += [(image.hash_image, range(512, image.hash_image.stat().st_size))] * 2
-    places += [(image.hash_image, [n for n in range(512) if n not in UUID_BYTES])] * 2  # type: ignore[list-item]
+    places += [(image.hash_image, [n for n in range(512) if n not in UUID_BYTES])] * 2  # type: ignore[list-item]  # mixed
     for _ in range(SAMPLES):
         path, where = rng.choice(places)
         bit = rng.choice(where) * 8 + rng.randrange(8)

@@ -213,7 +213,7 @@ def test_without_workers_it_is_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         if started:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         started.append(real(*arguments, **options))
-        return started[0]  # type: ignore[return-value]
+        return started[0]  # type: ignore[return-value]  # a list of one kind
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     assert digests(path, 2) == expected

@@ -264,7 +264,7 @@ def test_decision_time_is_flat() -> None:
         assert evaluate(index, Operation.POLICY, facts).rule is policy.rules[-1]
         seconds[count] = (
             min(
-                timeit.repeat(lambda: evaluate(index, Operation.POLICY, facts), number=500, repeat=7)  # noqa: B023
+                timeit.repeat(lambda: evaluate(index, Operation.POLICY, facts), number=500, repeat=7)  # noqa: B023 - at once
             )
             / 500
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capabilities import NOT_ROOT
 from tests.exec_hook.running import LIMIT, Runner, runner
 from tests.exec_hook.test_modules import MODULE
 from tests.exec_hook.tracee_harness import compile_c
@@ -142,7 +143,7 @@ def test_a_denial_at_the_new_root_is_a_failure_there_too(one: Runner) -> None:
 
 def test_subordinate_ids_become_owners(tmp_path: Path) -> None:
     if not (emu := runner(tmp_path, plain_user=tmp_path.owner() == "root", subordinate_ids=True)).plain_user:
-        pytest.skip("not root")
+        pytest.skip(NOT_ROOT)
     tree = build_tree(
         emu.place / "tree", "chown 5:7 /etc/file; stat -c %u:%g /etc/file; poweroff -f\n", {"etc/file": ""}
     )

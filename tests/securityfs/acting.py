@@ -3,7 +3,7 @@
 usage: python acting.py ROOT STEP     (STEP is JSON, as is what is printed)
 """
 
-# ruff: noqa: PTH101,PTH102,PTH104,PTH106,PTH108,PTH208,PTH211
+# ruff: noqa: PTH101,PTH102,PTH104,PTH106,PTH108,PTH208,PTH211 - system calls as they are
 # Each recorded step is one system call; pathlib would make several.
 
 import base64

@@ -15,7 +15,7 @@ ALLOW = "DEFAULT action=ALLOW\n"
 def _signer() -> tuple[x509.Certificate, pkcs7.PKCS7PrivateKeyTypes]:
     certificate = x509.load_pem_x509_certificate((KEYS / "trusted.pem").read_bytes())
     key = serialization.load_pem_private_key((KEYS / "trusted.key").read_bytes(), None)
-    return certificate, key  # type: ignore[return-value]
+    return certificate, key  # type: ignore[return-value]  # a list of one kind
 
 
 def signed(text: bytes) -> bytes:

@@ -28,8 +28,10 @@ def test_records_number_processes_as_the_machine_does(emu: Runner) -> None:
     assert done.returncode == 0, done.stderr
     own = done.stdout.strip()
     records = log.read_text().splitlines()
-    by_writer = {re.search(r" pid=(\d+) ", line)[1] for line in records if "ipe_hook=POLICY_LOAD" in line}  # type: ignore[index]
-    by_hook = {re.search(r" pid=(\d+) ", line)[1] for line in records if 'comm="sh" path="/usr/bin/true"' in line}  # type: ignore[index]
+    by_writer, by_hook = (
+        set(re.findall(r" pid=(\d+) ", "\n".join(line for line in records if what in line)))
+        for what in ("ipe_hook=POLICY_LOAD", 'comm="sh" path="/usr/bin/true"')
+    )
     assert by_writer == by_hook == {own}, records
 
 

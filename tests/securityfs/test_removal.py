@@ -169,10 +169,10 @@ def test_a_watcher_that_comes_and_goes_while_policies_do(emulator: Emulator) -> 
     def look() -> None:
         try:
             while not over.is_set():
-                for entry in os.listdir(emulator.policies):  # noqa: PTH208
+                for entry in os.listdir(emulator.policies):  # noqa: PTH208 - names alone, without a Path for each
                     try:
                         (emulator.policies / entry / "version").read_bytes()
-                        os.listdir(emulator.policies / entry)  # noqa: PTH208
+                        os.listdir(emulator.policies / entry)  # noqa: PTH208 - names alone, without a Path for each
                     except FileNotFoundError:
                         continue
         except BaseException as error:

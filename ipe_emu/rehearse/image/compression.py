@@ -368,7 +368,7 @@ def _through(tool: str, buffer: Buffer, start: int, end: int) -> Iterator[bytes]
         [tool, "-d", "-c"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdin is not None  # noqa: S101 - it is, of a pipe
-        assert process.stdout is not None  # noqa: S101
+        assert process.stdout is not None  # noqa: S101 - as above
         feeder = threading.Thread(target=_feed, args=(process, buffer, start, end), daemon=True)
         feeder.start()
         try:

@@ -49,8 +49,8 @@ class Image:
     def members(self) -> "Archive":
         """Its members, which can be iterated once."""
         # Imported by who unpacks alone.
-        from ipe_emu.rehearse.image.archive import Archive  # noqa: PLC0415
-        from ipe_emu.rehearse.image.compression import Limits  # noqa: PLC0415
+        from ipe_emu.rehearse.image.archive import Archive  # noqa: PLC0415 - only where it is needed: slow
+        from ipe_emu.rehearse.image.compression import Limits  # noqa: PLC0415 - as above
 
         return Archive(self.buffer, self.strict_headers, self.limits or Limits())
 

@@ -58,7 +58,7 @@ class Disk:
 
     def ask(self, request: int, device: BlockDevice | None = None, **caller: object) -> bytes | str:
         """Return what was written to the caller, or the errno's symbol."""
-        asking = Asking(**caller)  # type: ignore[arg-type]
+        asking = Asking(**caller)  # type: ignore[arg-type]  # values of any type
         try:
             block_ioctl(self.devices, device or self.whole, request, asking)
         except KernelError as error:

@@ -190,7 +190,7 @@ def test_nothing_is_in_doubt_of_an_intact_device(verity: Verity) -> None:
 @pytest.mark.parametrize("disk", ["vda", "vdb"])
 def test_a_read_error_is_no_corruption(verity: Verity, option: bytes, told: list[str], disk: str) -> None:
     verity.create(*filter(None, [option]))
-    verity.machine.devices.named(disk).content = Bytes(bytes(4096))  # type: ignore[union-attr]
+    verity.machine.devices.named(disk).content = Bytes(bytes(4096))  # type: ignore[union-attr]  # it is there
     before = len(verity.machine.seen.said)
     with pytest.raises(KernelError, match=f"{disk} ends at byte 4096") as caught:
         verity.read(4096, 1)

@@ -27,8 +27,6 @@ BOOTS: dict[str, list[Event]] = {
 class _Page(HTMLParser):
     """Notes what a browser would see."""
 
-    VOID = frozenset({"meta", "br", "i"})
-
     def __init__(self) -> None:
         super().__init__()
         self.tags: set[str] = set()
