@@ -1,6 +1,6 @@
 # Every target does all its own set-up: a fresh clone, python3 (3.11 or newer), make and git are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak reference-kernel conformance conformance-stock vectors clean
+.PHONY: help setup demo test lint bench soak reference-kernel conformance conformance-stock conformance-boot vectors clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-18s %s\n' "$$target" "$$text"; done
@@ -31,6 +31,9 @@ conformance: setup ## put generated sequences to the real kernels and to the emu
 
 conformance-stock: setup ## the same, shorter, with Debian's own kernel as it is shipped, in QEMU (as root)
 	@.venv/bin/python -m scripts.conformance_stock
+
+conformance-boot: setup ## boot the same images on all these kernels and here, and compare every audit record
+	@.venv/bin/python -m scripts.conformance_boot
 
 vectors: setup ## record anew in tests/vectors what the real kernels answer
 	@.venv/bin/python -m scripts.vectors

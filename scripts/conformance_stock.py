@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="ipe-firmware.") as directory:
         variables = Path(directory, "variables")
         try:
-            stock_kernel.install_what_it_needs()
-            stock = stock_kernel.fetch() if options.refresh else stock_kernel.fetched() or stock_kernel.fetch()
-            stock_kernel.write_variables(variables)
+            stock = stock_kernel.ready(variables, refresh=options.refresh)
         except NotReachableError as error:
             say(f"Debian's kernel cannot be had here: {error}")
             return 77

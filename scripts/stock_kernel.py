@@ -21,7 +21,7 @@ _PACKAGES = r"^linux-image-6\.12\..*-cloud-amd64-unsigned$"
 #: What the driver's places need that is no part of the kernel's image, in the order to load it.
 _MODULES = (
     "fs/overlayfs/overlay", "drivers/md/dm-mod", "drivers/md/dm-bufio", "lib/reed_solomon/reed_solomon",
-    "drivers/md/dm-verity", "drivers/block/loop", "fs/squashfs/squashfs",
+    "drivers/md/dm-verity", "drivers/block/loop", "drivers/block/virtio_blk", "fs/squashfs/squashfs",
 )  # fmt: skip
 _NEEDED = {
     "qemu-system-x86_64": "qemu-system-x86", str(FIRMWARE): "ovmf", "/usr/share/keyrings/debian-archive-keyring.gpg":
@@ -52,6 +52,11 @@ class Stock:
         return tuple(self.home / f"{Path(name).name}.ko" for name in _MODULES)
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is missing: another version of this program may have needed less."""
+        return all(path.exists() for path in (self.home / "version", *self.modules))
+
+    @property
     def package_version(self) -> str:
         """Debian's version of it."""
         return (self.home / "version").read_text().strip()
@@ -71,9 +76,10 @@ def install_what_it_needs() -> None:
 
 
 def fetched() -> Stock | None:
-    """The newest that is in the cache."""
-    found = [*cache().glob("stock-*/version")]
-    return Stock(max(found, key=lambda version: version.stat().st_mtime).parent) if found else None
+    """The newest that is in the cache, with every module."""
+    found = [Stock(version.parent) for version in cache().glob("stock-*/version")]
+    complete = [stock for stock in found if stock.complete]
+    return max(complete, key=lambda stock: (stock.home / "version").stat().st_mtime, default=None)
 
 
 def fetch() -> Stock:
@@ -84,7 +90,7 @@ def fetch() -> Stock:
         apt = Apt(directory / "apt")
         package, version = apt.newest_of(_PACKAGES)
         home = cache() / f"stock-{SERIES}_{version.replace(':', '%')}"
-        if home.exists():
+        if Stock(home).complete:
             return Stock(home)
         say(f"fetching {package} {version}")
         file = apt.download(package, version)
@@ -96,8 +102,29 @@ def fetch() -> Stock:
             packed = next((directory / "files").glob(f"**/kernel/{module}.ko.xz"))
             (ready / f"{Path(module).name}.ko").write_bytes(lzma.decompress(packed.read_bytes()))
         (ready / "version").write_text(version + "\n")
+        if home.exists():
+            shutil.rmtree(home)
         ready.rename(home)
         return Stock(home)
+
+
+def ready(variables: Path, *, refresh: bool = False) -> Stock:
+    """Get everything: the kernel (a newer one with ``refresh``), the firmware, and its ``variables`` with the keys."""
+    install_what_it_needs()
+    stock = fetch() if refresh else fetched() or fetch()
+    write_variables(variables)
+    return stock
+
+
+def at_hand(variables: Path) -> Stock | None:
+    """The same, where nothing need be installed or fetched; else None."""
+    needed = [name if name.startswith("/") else shutil.which(name) for name in _NEEDED]
+    if not all(path and Path(path).exists() for path in (*needed, _VIRT_FW_VARS)):
+        return None
+    stock = fetched()
+    if stock is not None:
+        write_variables(variables)
+    return stock
 
 
 def write_variables(target: Path) -> None:

@@ -1,16 +1,15 @@
 """Whole boots for two machines: an initramfs with its init script, of which every audit record is compared.
 
 A script prints what else is to be compared as lines that begin with ``OUT``. It does nothing in the background, for
-nobody would know the order of its records. Processes are numbered in the order in which records name them.
+nobody would know the order of its records. See `booting` for the machines.
 """
 
+import hashlib
 import re
 import shutil
 import ssl
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attrs import field, frozen
@@ -22,22 +21,13 @@ from tests.volumes import sealed_images
 from tests.volumes.images import Volume, make_volume, protect, tamper
 from tests.volumes.sealed_images import FILES
 
-ROOT = Path(__file__).parent.parent.parent
-_OFF = "/bin/busybox poweroff -f\n"
-_RECORD = re.compile(r"type=(14\d\d) audit\([^)]*\): ?([^\r\n]*)")
-_STORED = re.compile(r"type=(\w+) msg=audit\([^)]*\): ?(.*)")
-_TYPES = {"MAC_STATUS": "1404", "IPE_ACCESS": "1420", "IPE_CONFIG_CHANGE": "1421", "IPE_POLICY_LOAD": "1422"}
-#: Every record is printed, and as fast as they come.
-_CMDLINE = ("ipe.success_audit=1", "sysctl.kernel.printk_ratelimit=0")
-
-#: A kernel in user mode that panics can lose the end of what it printed; then it is booted again.
-_TRIES = 5
+OFF = "/bin/busybox poweroff -f\n"
 
 #: What every policy below allows, for a boot that goes on.
-_INITRAMFS = "op=EXECUTE boot_verified=TRUE action=ALLOW\n"
+INITRAMFS = "op=EXECUTE boot_verified=TRUE action=ALLOW\n"
 
 
-def policy(name: str, version: str, rules: str = _INITRAMFS, default: str = "DENY") -> str:
+def policy(name: str, version: str, rules: str = INITRAMFS, default: str = "DENY") -> str:
     return f"policy_name={name} policy_version={version}\nDEFAULT action={default}\n{rules}"
 
 
@@ -49,6 +39,8 @@ class Boot:
     first two disks; ROOT_HASH stands for its root hash in scripts and policies. /etc/root.sig is to be its signature
     by the key ``root_hash_key``, and ``tampered`` has one bit of it wrong. ``disk`` is an ext4 image
     in its place, with its hash tree on the second disk. Disks are read-only unless ``writable``.
+    ``builtin_keys``: it is about those that are built into the reference kernels. On the command line, SHA256(NAME)
+    stands for the digest of /etc/NAME.p7b. ``headline``: what the first line of its report begins with.
     """
 
     name: str
@@ -63,6 +55,8 @@ class Boot:
     tampered: bool = False
     disk: bytes | None = None
     writable: bool = False
+    builtin_keys: bool = False
+    headline: str = ""
 
     def build(self, directory: Path) -> "Built":
         """Make the image and its disks."""
@@ -89,87 +83,22 @@ class Boot:
                 ["cpio", "--quiet", "-o", "-H", "newc", "--owner", "0:0"],
                 cwd=tree, input=b"".join(sorted(names.splitlines(keepends=True))), stdout=file, check=True, timeout=60,
             )  # fmt: skip
-        return Built(image, () if volume is None else (volume.image, volume.hash_image))
+        cmdline = " ".join(self.cmdline)
+        for name in self.signed:
+            digest = hashlib.sha256((tree / f"etc/{name}.p7b").read_bytes()).hexdigest()
+            cmdline = cmdline.replace(f"SHA256({name})", digest)
+        disks = () if volume is None else (volume.image, volume.hash_image)
+        return Built(image, cmdline, disks, self.writable)
 
 
 @frozen
 class Built:
-    """An image, and the disks that belong to it."""
+    """An image, the words of its own on the command line, and its disks, the first of them perhaps writable."""
 
     image: Path
+    cmdline: str
     disks: Sequence[Path]
-
-
-@frozen
-class Came:
-    """What a machine printed and recorded."""
-
-    lines: tuple[str, ...]
-    records: tuple[str, ...]
-
-    @property
-    def all(self) -> list[str]:
-        return [*self.lines, *self.records]
-
-
-def on_user_mode_linux(program: Path, boot: Boot, built: Built) -> Came:
-    """Boot it on a reference kernel."""
-    disks = [f"ubd{letter}r={disk}" for letter, disk in zip("ab", built.disks, strict=False)]
-    if boot.writable:
-        changes = built.image.parent / "changes"
-        changes.unlink(missing_ok=True)
-        disks[0] = f"ubda={changes},{built.disks[0]}"
-    command = [
-        str(program), "mem=320M", f"initrd={built.image}", "con=null", "con0=fd:0,fd:1", "root=/dev/none", "panic=-1",
-        "ignore_loglevel", *disks, *_CMDLINE, *boot.cmdline,
-    ]  # fmt: skip
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
-    printed = done.stdout.decode("latin-1").replace("\r", "")
-    found = [(number, text) for number, text in _RECORD.findall(printed) if number in _TYPES.values()]
-    return Came(_lines(printed), _normalised(found))
-
-
-def on_the_emulator(profile: str, boot: Boot, built: Built) -> Came:
-    """Boot it here."""
-    log = built.image.parent / "audit.log"
-    log.unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "ipe_emu", "boot", "--kernel", profile, "--boot-policy", str(vectors.BOOT_POLICY),
-        "--builtin-keys", str(vectors.KEYS / "builtin-trusted.pem"), "--audit-log", str(log), "--timeout", "100",
-        "--cmdline", " ".join((*_CMDLINE, *boot.cmdline)),
-        *(
-            f"--disk=vd{letter}={disk}" + ",ro" * (letter != "a" or not boot.writable)
-            for letter, disk in zip("ab", built.disks, strict=False)
-        ),
-        str(built.image),
-    ]  # fmt: skip
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, env=environment, timeout=120, check=False
-    )
-    stored = [match for line in log.read_text("latin-1").splitlines() if (match := _STORED.match(line))]
-    printed = (done.stdout + done.stderr).decode("latin-1").replace("\r", "")
-    return Came(_lines(printed), _normalised([(_TYPES[match[1]], match[2]) for match in stored]))
-
-
-def _lines(printed: str) -> tuple[str, ...]:
-    return tuple(line for line in printed.split("\n") if line.startswith("OUT"))
-
-
-def _normalised(records: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    pids: dict[str, int] = {}
-    inodes: dict[str, int] = {}
-
-    def by_order(seen: dict[str, int]) -> Callable[[re.Match[str]], str]:
-        return lambda match: f" {match[1]}=#{seen.setdefault(match[2], len(seen))}"
-
-    found = []
-    for number, text in records:
-        plain = re.sub(r" (pid)=(\d+)", by_order(pids), f"{number} {text}".rstrip())
-        plain = re.sub(r" (ino)=(\d+)", by_order(inodes), plain)
-        # A kernel for one processor has no number behind the name of its first thread.
-        found.append(plain.replace('comm="swapper"', 'comm="swapper/0"').replace('dev="ubd', 'dev="vd'))
-    return tuple(found)
+    writable: bool = False
 
 
 def _sign(directory: Path, key: str, text: str, *, detached: bool = False) -> bytes:
@@ -206,11 +135,11 @@ def _der(name: str) -> bytes:
 
 _GOES_ON = policy("GoesOn", "1.0.0")
 
-_VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
-_SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
+VOLUME = "op=EXECUTE dmverity_roothash=sha256:ROOT_HASH action=ALLOW\n"
+SIGNED = "op=EXECUTE dmverity_signature=TRUE action=ALLOW\n"
 #: User-Mode Linux calls its disks ubda and ubdb.
 _DISK = "disk=/dev/vd; [ -b /dev/vda ] || disk=/dev/ubd"
-_OPEN = f"""{_DISK}
+OPEN = f"""{_DISK}
 veritysetup open ${{disk}}a root ${{disk}}b ROOT_HASH"""
 
 #: Of files on the images of tests/volumes/sealed_images.py.
@@ -231,7 +160,7 @@ mkdir /b; mount --bind /bin /b; /b/busybox true; echo OUT bind $?
 mount -o bind,noexec /bin /b; /b/busybox true; echo OUT noexec $?
 mkdir /m; mount -t tmpfs m /m; cp /bin/busybox /m; mkdir /n; mount --move /m /n; /n/busybox true; echo OUT moved $?
 chroot / /bin/true; echo OUT chroot $?
-{_OFF}""",
+{OFF}""",
     ),
     Boot(
         "enforcement off and on",
@@ -242,11 +171,11 @@ echo 1 >$IPE/enforce; echo 2 >$IPE/enforce; echo OUT bad $?
 echo 0 >$IPE/success_audit; /bin/true; echo 1 >$IPE/success_audit; /bin/true
 setuidgid 1000 sh -c 'echo 0 >/sys/kernel/security/ipe/enforce'; echo OUT user $?
 cat $IPE/enforce $IPE/success_audit; echo
-{_OFF}""",
+{OFF}""",
     ),
     Boot(
         "permissive from the start",
-        f"{MOUNTS}mount -t tmpfs t /tmp; cp /bin/busybox /tmp/y; /tmp/y true; echo OUT $?\n{_OFF}",
+        f"{MOUNTS}mount -t tmpfs t /tmp; cp /bin/busybox /tmp/y; /tmp/y true; echo OUT $?\n{OFF}",
         cmdline=("ipe.enforce=0",),
     ),
     Boot(
@@ -255,7 +184,7 @@ cat $IPE/enforce $IPE/success_audit; echo
     $program; echo OUT $program $?
 done
 ln -s /bin/busybox /t/true; /t/true; echo OUT true $?
-{_OFF}""",
+{OFF}""",
         {
             "t/script": "#!/bin/sh\necho OUT a script\n", "t/nested": "#!/t/script x\n", "t/deep": "#!/t/nested\n",
             "t/lost": "#!/no/such/interpreter\n", "t/garbage": "no program at all\n", "t/empty": "",
@@ -273,7 +202,7 @@ cat /etc/goes-on.p7b >$IPE/policies/GoesOn/update; echo OUT older $?
 cat /etc/other.p7b >$IPE/policies/GoesOn/update; echo OUT name $?
 cat /etc/goes-on.p7b >$IPE/new_policy; echo OUT again $?
 /bin/true; echo OUT run $?
-{_OFF}""",
+{OFF}""",
         signed={
             "goes-on": ("trusted", _GOES_ON), "newer": ("trusted", policy("GoesOn", "1.0.1")),
             "other": ("trusted", policy("Other", "2.0.0")),
@@ -288,11 +217,11 @@ dd if=/etc/large.p7b of=$IPE/new_policy bs=8192; echo OUT pieces $?
 cat /etc/bad.p7b >$IPE/new_policy; echo OUT syntax $?
 cat /etc/old.p7b >$IPE/new_policy; echo OUT old $?; echo 1 >$IPE/policies/AllowInitramfs/active; echo OUT $?
 cat /etc/good.p7b >$IPE/new_policy; echo OUT good $?
-{_OFF}""",
+{OFF}""",
         signed={
             "untrusted": ("untrusted", _GOES_ON), "good": ("trusted", _GOES_ON),
             "bad": ("trusted", _GOES_ON + "op=NO\n"),
-            "large": ("trusted", policy("Large", "1.0.0", _INITRAMFS + "# filling\n" * 900)),
+            "large": ("trusted", policy("Large", "1.0.0", INITRAMFS + "# filling\n" * 900)),
             "old": ("trusted", policy("AllowInitramfs", "0.0.0")),
         },
     ),
@@ -302,7 +231,7 @@ cat /etc/good.p7b >$IPE/new_policy; echo OUT good $?
 /bin/true; echo OUT true $?
 /bin/busybox poweroff -f; echo OUT poweroff $?
 """,
-        signed={"lock": ("trusted", policy("Lock", "1.0.0", _SIGNED))},
+        signed={"lock": ("trusted", policy("Lock", "1.0.0", SIGNED))},
     ),
     Boot(
         "a new root on a tmpfs",
@@ -311,13 +240,13 @@ cat /etc/good.p7b >$IPE/new_policy; echo OUT good $?
 umount /sys/kernel/security /sys /proc /dev
 exec switch_root /newroot /init
 """,
-        {"etc/newinit": f"#!/bin/sh\nexport PATH=/bin\necho OUT in the new root\n/bin/busybox true\n{_OFF}"},
+        {"etc/newinit": f"#!/bin/sh\nexport PATH=/bin\necho OUT in the new root\n/bin/busybox true\n{OFF}"},
         {"open": ("trusted", policy("Open", "1.0.0", "op=EXECUTE boot_verified=TRUE action=DENY\n", "ALLOW"))},
     ),
     Boot(
         "a new root that is not trusted",
         f"{MOUNTS}{NEW_ROOT}\numount /sys/kernel/security /sys /proc /dev\nexec switch_root /newroot /init\n",
-        {"etc/newinit": f"#!/bin/sh\necho OUT not reached\n{_OFF}"},
+        {"etc/newinit": f"#!/bin/sh\necho OUT not reached\n{OFF}"},
     ),
     Boot(
         "an overlay over the initramfs",
@@ -325,7 +254,7 @@ exec switch_root /newroot /init
 mount -t overlay -o lowerdir=/bin,upperdir=/w/u,workdir=/w/w o /o; echo OUT mounted $?
 /o/busybox true; echo OUT lower $?
 cp /bin/busybox /o/copy; /o/copy true; echo OUT upper $?
-{_OFF}""",
+{OFF}""",
     ),
     Boot(
         "files that a disk has sealed",
@@ -347,10 +276,10 @@ fsverity dump_metadata signature /d/signed >/w/said; cmp /w/said /etc/signature;
 fsverity dump_metadata merkle_tree /d/salted >/w/said; md5sum /w/said >/w/sum; sed 's/^/OUT /' /w/sum
 fsverity dump_metadata descriptor /d/signed >/w/said; md5sum /w/said >/w/sum; sed 's/^/OUT /' /w/sum
 fsverity dump_metadata signature /d/hello >/w/said 2>&1; echo OUT $? $(sed 's/.*: //' /w/said)
-{_OFF}""",
+{OFF}""",
         {"etc/trusted.der": _der("trusted"), "etc/signature": FILES["signed"].signature()},
         {
-            "seals": ("trusted", policy("Seals", "1.0.0", _INITRAMFS + _SEALED)),
+            "seals": ("trusted", policy("Seals", "1.0.0", INITRAMFS + _SEALED)),
             "not": ("trusted", policy("Not", "1.0.0", _NOT_SEALED, "ALLOW")),
         },
         programs=("/usr/bin/keyctl", "/usr/bin/fsverity"),
@@ -363,15 +292,15 @@ fsverity dump_metadata signature /d/hello >/w/said 2>&1; echo OUT $? $(sed 's/.*
 mkdir /d /e; mount -t ext4 -o ro ${{disk}}a /d; echo OUT for reading $?
 mount -t ext4 ${{disk}}a /e; echo OUT for writing beside $?
 mount -t ext4 -o ro ${{disk}}a /e; echo OUT for reading beside $?; umount /d /e
-{_OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
+{OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
 /d/hello; echo OUT hello $?; umount /d; veritysetup close root; echo OUT close $?
 mount -t ext4 ${{disk}}a /d; echo OUT for writing $?; /d/hello; echo OUT hello $?
 mount -t ext4 -o ro ${{disk}}a /e; echo OUT for reading beside $?
 mount -t ext4 ${{disk}}a /e; echo OUT for writing beside $?; umount /d /e
-{_OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
+{OPEN}; echo OUT open $?; mount -t ext4 -o ro /dev/mapper/root /d; echo OUT of the volume $?
 /d/hello; echo OUT hello $?
-{_OFF}""",
-        signed={"volume": ("trusted", policy("Volume", "1.0.0", _INITRAMFS + _VOLUME))},
+{OFF}""",
+        signed={"volume": ("trusted", policy("Volume", "1.0.0", INITRAMFS + VOLUME))},
         programs=("/usr/sbin/veritysetup",),
         disk=sealed_images.image(4096),
         writable=True,
@@ -383,7 +312,7 @@ mount -t tmpfs t /tmp; cp /usr/bin/bash /tmp/bash; /tmp/bash -c true; echo OUT c
 cp $(ls /lib/x86_64-linux-gnu/libtinfo.so.6) /tmp; LD_LIBRARY_PATH=/tmp /usr/bin/bash -c true; echo OUT library $?
 cp /lib64/ld-linux-x86-64.so.2 /tmp/ld; /tmp/ld /usr/bin/bash -c true; echo OUT ld $?
 /lib64/ld-linux-x86-64.so.2 /tmp/bash -c true; echo OUT ld of a copy $?
-{_OFF}""",
+{OFF}""",
         programs=("/usr/bin/bash", "/usr/bin/env", "/usr/bin/true"),
     ),
     Boot(
@@ -413,15 +342,16 @@ for ring in .builtin_trusted_keys .secondary_trusted_keys .fs-verity .dm-verity;
     show keyctl unlink "$id" %:$ring
     [ $ring = .secondary_trusted_keys ] || show keyctl clear %:$ring
 done
-{_OFF}""",
+{OFF}""",
         {**{f"etc/{name}.der": _der(name) for name in ("leaf", "trusted", "untrusted", "ec")}, "etc/junk": "junk"},
         programs=("/usr/bin/keyctl",),
         cmdline=("ipe.success_audit=0", "dm_verity.keyring_unsealed=1"),
+        builtin_keys=True,
     ),
     Boot(
         "a verity root by its root hash",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN}; echo OUT opened $?
+{OPEN}; echo OUT opened $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 /newroot/bin/busybox true; echo OUT before $?
 cat /etc/both.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Both/active; echo OUT activated $?
@@ -432,81 +362,68 @@ cat /etc/root.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Root/active; echo OUT 
 exec /newroot/bin/busybox switch_root /newroot /init
 """,
         signed={
-            "both": ("trusted", policy("Both", "1.0.0", _INITRAMFS + _VOLUME)),
-            "root": ("trusted", policy("Root", "1.0.0", _VOLUME)),
+            "both": ("trusted", policy("Both", "1.0.0", INITRAMFS + VOLUME)),
+            "root": ("trusted", policy("Root", "1.0.0", VOLUME)),
         },
         programs=("/usr/sbin/veritysetup",),
         volume=f"""mount -t tmpfs t /tmp; echo OUT tmpfs $?
 cp /bin/busybox /tmp/x; /tmp/x true; echo OUT copy $?
 /bin/true; echo OUT in the new root $?
 /init.d/none; echo OUT none $?
-{_OFF}""",
+{OFF}""",
     ),
     Boot(
         "a verity root that nobody signed",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN}; echo OUT opened $?
+{OPEN}; echo OUT opened $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 cat /etc/signed.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Signed/active; echo OUT activated $?
 /newroot/bin/busybox true; echo OUT executed $?
 mount -t overlay -o lowerdir=/newroot,upperdir=/u,workdir=/w o /o; echo OUT overlay $?
 /o/bin/busybox true; echo OUT executed $?
-{_OFF}""",
+{OFF}""",
         {"u/none": "", "w/none": "", "o/none": ""},
-        {"signed": ("trusted", policy("Signed", "1.0.0", _INITRAMFS + _SIGNED))},
+        {"signed": ("trusted", policy("Signed", "1.0.0", INITRAMFS + SIGNED))},
         programs=("/usr/sbin/veritysetup",),
-        volume=_OFF,
+        volume=OFF,
     ),
     Boot(
         "a verity root with a signature",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
 cat /etc/signed.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Signed/active; echo OUT activated $?
-{_OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
+{OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 /newroot/bin/busybox true; echo OUT executed $?
-{_OFF}""",
-        signed={"signed": ("trusted", policy("Signed", "1.0.0", _INITRAMFS + _SIGNED))},
+{OFF}""",
+        signed={"signed": ("trusted", policy("Signed", "1.0.0", INITRAMFS + SIGNED))},
         programs=("/usr/sbin/veritysetup",),
-        volume=_OFF,
+        volume=OFF,
         root_hash_key="trusted",
     ),
     Boot(
         "a verity root signed by a stranger",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
-{_OFF}""",
+{OPEN} --root-hash-signature=/etc/root.sig; echo OUT with a signature $?
+{OFF}""",
         programs=("/usr/sbin/veritysetup",),
-        volume=_OFF,
+        volume=OFF,
         root_hash_key="untrusted",
     ),
     Boot(
         "a tampered verity root",
         f"""{MOUNTS}export PATH=/bin:/usr/sbin
-{_OPEN}; echo OUT opened $?
+{OPEN}; echo OUT opened $?
 cat /etc/both.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Both/active; echo OUT activated $?
 mount -t squashfs -o ro /dev/mapper/root /newroot; echo OUT mounted $?
 cat /newroot/bin/busybox >/dev/null; echo OUT read $?
-{_OFF}""",
-        signed={"both": ("trusted", policy("Both", "1.0.0", _INITRAMFS + _VOLUME))},
+{OFF}""",
+        signed={"both": ("trusted", policy("Both", "1.0.0", INITRAMFS + VOLUME))},
         programs=("/usr/sbin/veritysetup",),
-        volume=_OFF,
+        volume=OFF,
         tampered=True,
     ),
-    Boot("an init that may not be executed", _OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{_OFF}"}, mode=0o644),
+    Boot("an init that may not be executed", OFF, {"sbin/init": f"#!/bin/sh\necho OUT instead\n{OFF}"}, mode=0o644),
     Boot("an init that ends", "echo OUT going\nsleep 1\nexit 3\n"),
-    Boot("another init", "echo OUT not this one\n", {"etc/other": f"#!/bin/sh\necho OUT $0 $1\n{_OFF}"},
+    Boot("another init", "echo OUT not this one\n", {"etc/other": f"#!/bin/sh\necho OUT $0 $1\n{OFF}"},
          cmdline=("rdinit=/etc/other", "--", "argument")),
 )  # fmt: skip
-
-
-def compare(program: Path, profile: str, boot: Boot) -> tuple[Came, Came]:
-    """Boot the same image on a reference kernel and here."""
-    with tempfile.TemporaryDirectory(prefix="ipe-boot.") as name:
-        built = boot.build(Path(name))
-        ours = on_the_emulator(profile, boot, built)
-        for _ in range(_TRIES):
-            theirs = on_user_mode_linux(program, boot, built)
-            lost = len(ours.records) - len(theirs.records)
-            if lost <= 0 or theirs.records != ours.records[:-lost]:
-                break
-        return theirs, ours

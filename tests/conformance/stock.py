@@ -47,6 +47,17 @@ def accelerator() -> str:
     return "kvm" if b"BdsDxe" in said else "tcg"
 
 
+def qemu(variables: Path) -> list[Any]:
+    """The command for a machine with UEFI firmware and a console on standard output; it writes to ``variables``."""
+    return [
+        "qemu-system-x86_64", "-M", f"q35,smm=off,accel={accelerator()},memory-backend=memory", "-cpu", "max",
+        "-m", "1G", "-object", "memory-backend-memfd,id=memory,size=1G,share=on",
+        "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+        "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}",
+        "-drive", f"if=pflash,unit=1,format=raw,file={variables}",
+    ]  # fmt: skip
+
+
 @frozen
 class StockKernel:
     """The kernel with its modules (in the order to load them), and the firmware's variables that hold the keys."""
@@ -69,19 +80,12 @@ class StockKernel:
             variables = work / "variables"
             variables.write_bytes(self.variables.read_bytes())
             with _shared("host", Path("/"), work) as host, _shared("batch", work, work) as shared:
-                printed = run([*self._command(image, variables), *host, *shared], self.seconds, cwd=work)
+                command = [
+                    *qemu(variables), "-kernel", self.kernel, "-initrd", image,
+                    "-append", "console=ttyS0 quiet ipe.enforce=0 ipe.success_audit=0 panic=-1", *host, *shared,
+                ]  # fmt: skip
+                printed = run(command, self.seconds, cwd=work)
             return answers(work, printed)
-
-    def _command(self, image: Path, variables: Path) -> list[Any]:
-        return [
-            "qemu-system-x86_64", "-M", f"q35,smm=off,accel={accelerator()},memory-backend=memory", "-cpu", "max",
-            "-m", "1G", "-object", "memory-backend-memfd,id=memory,size=1G,share=on",
-            "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
-            "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}",
-            "-drive", f"if=pflash,unit=1,format=raw,file={variables}",
-            "-kernel", self.kernel, "-initrd", image,
-            "-append", "console=ttyS0 quiet ipe.enforce=0 ipe.success_audit=0 panic=-1",
-        ]  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -166,12 +166,15 @@ def of_end(event: Panicked | Rebooted) -> str | None:
 
 
 def of_message(event: Message) -> str | None:
-    """Name what is behind a line of the kernel's log: a verity volume that is not what its root hash vouches for."""
-    if not event.text.startswith("device-mapper: verity:") or "corrupted" not in event.text:
+    """Name what is behind a line of the kernel's log: a verity volume that its root hash, or nobody, vouches for."""
+    text = event.text
+    if text.startswith("device-mapper: verity:") and "corrupted" in text:
+        return "root hash of another image, or a tampered volume" if "root hash is" in text else "tampered volume"
+    if not text.startswith("device-mapper:") or "there is no key" in text:
         return None
-    if "root hash is" in event.text:
-        return "root hash of another image, or a tampered volume"
-    return "tampered volume"
+    if text.endswith("(ENOKEY)"):
+        return "root hash without a signature" if "require_signatures" in text else "root hash signed by a key that is not trusted"
+    return "root hash signature rejected" if text.endswith("(EKEYREJECTED)") else None
 
 
 def _trusts_another_root_hash(policy: Policy | None) -> bool:

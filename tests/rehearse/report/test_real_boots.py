@@ -18,9 +18,8 @@ NEW_INIT = "#!/bin/sh\n/bin/busybox poweroff -f\n"
 SWITCH = f"{NEW_ROOT}\numount /sys/kernel/security /sys /proc /dev\nexec switch_root /newroot /init"
 OFF = "/bin/busybox poweroff -f"
 
-#: What init does with /etc/new.pol; the emulated kernel; what the first line says.
+#: What init does with /etc/new.pol; the emulated kernel; what the first line says. More are in test_flows.py.
 MISTAKES = {
-    "unsigned": ("cat /etc/new.pol >$IPE/new_policy", NEXT, "linux-7.3", "unsigned policy: this kernel"),
     "line-by-line": (
         "while read -r line; do echo $line; done </etc/new.pol >$IPE/new_policy", NEXT, "op-policy",
         "policy written in pieces: 3 writes",
@@ -29,14 +28,6 @@ MISTAKES = {
     "tee": (
         "tee $IPE/new_policy </etc/new.pol >/dev/null", NEXT + "# filling\n" * 900, "op-policy",
         "policy written in pieces",
-    ),
-    "too-early": (
-        "cat /etc/new.pol >$IPE/new_policy; echo 1 >$IPE/policies/Next/active; mount -t tmpfs none /newroot",
-        NEXT.replace("boot_verified=TRUE", "dmverity_signature=TRUE"), "op-policy", "policy activated too early",
-    ),
-    "script-in-run": (
-        "mkdir /run; mount -t tmpfs none /run; cp /etc/new.pol /run/x; chmod +x /run/x; /run/x", "#!/bin/sh\n",
-        "op-policy", "unverified file executed: tmpfs",
     ),
 }  # fmt: skip
 
