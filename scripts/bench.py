@@ -33,7 +33,11 @@ from ipe_emu.policy.evaluate import evaluate
 from ipe_emu.policy.index import RuleIndex
 from ipe_emu.policy.parse import parse_policy
 from ipe_emu.policy.rule import Action, Operation
-from scripts import reference_kernel
+from scripts import reference_kernel, stock_kernel
+from tests.conformance.booting import DebianS, InUserMode, Kernel, on_the_emulator
+from tests.conformance.boots import Built
+from tests.conformance.flows import SIGNED_FLOW
+from tests.conformance.stock import accelerator
 
 HERE = Path(__file__).parent
 VECTORS = HERE.parent / "tests" / "vectors"
@@ -304,6 +308,48 @@ def boots(place: Path) -> Iterator[Row]:
             floor = statistics.median(times["bare"])
             measured = f"{floor / theirs:.2f} ({floor:.2f} s to {theirs:.2f} s)"
             yield Row(f"these {LOOP} executions alone, not emulated at all", measured, "-", met=True)
+        elif (debian := debian_in_qemu(place)) is not None:
+            slow = seconds(lambda: debian.boot(Built(image, "", ())))
+            measured = f"{took / slow:.3f} ({took:.2f} s to {slow:.1f} s)"
+            yield Row(f"the same, against {in_qemu()}", measured, "-", met=True)
+
+
+def roots(place: Path) -> Iterator[Row]:
+    """Whole boots whose initramfs opens a verity root by veritysetup and switches into it, beside every kernel here."""
+    what = "booting with veritysetup and switch_root"
+    kernel = reference_kernel.built("7.3")
+    machines: list[tuple[Kernel, str, int]] = []
+    if kernel is not None:
+        machines.append((InUserMode(kernel.profile, kernel.program), "User-Mode Linux", 5))
+    if (debian := debian_in_qemu(place)) is not None:
+        machines.append((debian, in_qemu(), 1))
+    for number, (machine, name, rounds) in enumerate(machines):
+        boot = machine.prepared(SIGNED_FLOW)
+        assert boot is not None
+        (place / f"root-{number}").mkdir()
+        built = boot.build(place / f"root-{number}")
+        pairs = [
+            (seconds(partial(on_the_emulator, machine, built)), seconds(partial(machine.boot, built)))
+            for _ in range(rounds)
+        ]
+        ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+        measured = f"{ours / theirs:.2f} ({ours:.2f} s to {theirs:.2f} s)"
+        yield Row(f"{what}, against {name}", measured, "-", met=True)
+    if not machines:
+        yield Row(what, "not measured: no kernel to compare with is here", "-", met=True)
+
+
+def debian_in_qemu(place: Path) -> DebianS | None:
+    """Debian's own kernel, where everything it needs is here already (make conformance-boot gets it)."""
+    stock = stock_kernel.at_hand(place / "firmware")
+    if stock is None:
+        return None
+    return DebianS(f"linux-{stock_kernel.SERIES}", stock.kernel, stock.modules, place / "firmware")
+
+
+def in_qemu() -> str:
+    """What the table calls it."""
+    return f"Debian's kernel in QEMU ({accelerator()})"
 
 
 def quiet(*command: "str | Path") -> None:
@@ -434,6 +480,7 @@ def main() -> None:
             "loops": partial(loops, place),
             "starts": partial(starts, place),
             "boots": partial(boots, place),
+            "roots": partial(roots, place),
             "trees": partial(trees, place),
             "simulations": partial(simulations, place),
         }
