@@ -18,6 +18,7 @@ class Profile:
     ``execve_check``: execveat(2) knows AT_EXECVE_CHECK, and IPE the hook BPRM_CREDS_FOR_EXEC.
     ``strict_cpio_headers``: an initramfs whose headers hold anything but hexadecimal digits is damaged.
     ``dm_verity_keyring``: dm-verity has a keyring of its own, ``.dm-verity``.
+    ``nullfs``: the initramfs is mounted on an empty root that nobody sees, and so is no first root: it can be pivoted.
     ``unsigned_policies``: op=POLICY can admit an unsigned policy, and ``activate`` also names ``active``.
     ``unavailable_hashes``: digests that are known to the PKCS#7 parser and not built into the recorded kernel.
     """
@@ -28,6 +29,7 @@ class Profile:
     execve_check: bool = False
     strict_cpio_headers: bool = False
     dm_verity_keyring: bool = False
+    nullfs: bool = False
     unsigned_policies: bool = False
     unavailable_hashes: frozenset[str] = frozenset()
 
@@ -43,6 +45,7 @@ _LINUX_7_3 = Profile(
     execve_check=True,
     strict_cpio_headers=True,
     dm_verity_keyring=True,
+    nullfs=True,
     unavailable_hashes=_NO_STREEBOG | {"sm3"},
 )
 _OP_POLICY = evolve(_LINUX_7_3, name="op-policy", unsigned_policies=True)

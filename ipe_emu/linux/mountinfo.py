@@ -111,8 +111,8 @@ class Superblocks:
     """What is known of the superblocks of a rehearsed machine beyond what /proc tells.
 
     ``names`` are the names of those that stand for others (``s_id``), by their device number ``major:minor``;
-    ``mounts`` are mounts that processes may use and nobody sees, by their ids, their ``point`` counted from the root of
-    the mount namespace. Both may grow while they are used.
+    ``mounts`` are mounts that processes may use when nobody sees them any more, by their ids, their ``point`` counted
+    from the root of the mount namespace. Both may change while they are used.
     """
 
     names: dict[str, str] = field(factory=dict)
@@ -159,15 +159,12 @@ class Superblocks:
         of which is the first process of its pid namespace, or of ours; or else, where it has a mount namespace of its
         own, this process looks itself.
         """
-        known = self.mounts.get(mount_id)
-        if known is not None:
-            return known, b"/"
         for process in _with_ancestors(pid):
             mount = of(process).get(mount_id)
             root = None if mount is None else _root_of(process)
             if mount is not None and root is not None:
                 return mount, root
-        mount = _of_namespace(pid).get(mount_id)
+        mount = self.mounts.get(mount_id) or _of_namespace(pid).get(mount_id)
         return None if mount is None else (mount, b"/")
 
 

@@ -58,7 +58,7 @@ from ipe_emu.rehearse.power import Power
 from ipe_emu.rehearse.release import Uname, release_of
 from ipe_emu.rehearse.requests import Agent
 from ipe_emu.rehearse.shell import DebuggingShell, Program
-from ipe_emu.rehearse.staging import CGROUP2, DEVPTS, DEVTMPFS, PROC, SECURITYFS, SYSFS, TEXTS
+from ipe_emu.rehearse.staging import CGROUP2, DEVPTS, DEVTMPFS, PROC, ROOT, SECURITYFS, SYSFS, TEXTS
 from ipe_emu.rehearse.statfs import Statfs
 from ipe_emu.rehearse.verdict import fails
 from ipe_emu.rehearse.watch import WatchedIpe
@@ -83,7 +83,7 @@ _PID_DEPTH: Final = 2
 #: The init process, as the machine sees it.
 _PID_OF_INIT: Final = 1
 #: How many file systems the machine gives, if its devpts is among them.
-_WITH_DEVPTS: Final = 4
+_WITH_DEVPTS: Final = 5
 #: Where systemd is, which cannot be an init process without a hierarchy of cgroups.
 _SYSTEMD: Final = (b"/usr/lib/systemd/systemd", b"/lib/systemd/systemd")
 #: The level that a line written to /dev/kmsg may begin with.
@@ -231,7 +231,9 @@ class _Rehearsal:
             on_disks = dict.fromkeys(KINDS, self.file_systems)
         self.known = Overlays(known, known, self.superblocks)
         devices.refresh = self.file_systems.look_after
-        self.mounting = Mounting(self.agent, self.timeline, {**EVERY_MACHINE_HAS, **on_disks})
+        emulators = {**EVERY_MACHINE_HAS, **on_disks}
+        nullfs = self.options.profile.nullfs
+        self.mounting = Mounting(self.agent, self.timeline, emulators, self.superblocks, nullfs)
         self.uname = Uname(self.agent)
         self.disks = Disks(
             devices,
@@ -404,7 +406,7 @@ class _Rehearsal:
         self.disks.uevents.begin(uevents, self.root)
         if len(staged) == _WITH_DEVPTS:
             self.mounting.emulators = {**self.mounting.emulators, "devpts": Staged(DEVPTS)}
-        for path, fd in zip((DEVTMPFS, SYSFS, PROC, DEVPTS), staged, strict=False):
+        for path, fd in zip((DEVTMPFS, SYSFS, PROC, ROOT, DEVPTS), staged, strict=False):
             self.mounting.devices[path] = os.fstat(fd).st_dev
             self.agent.stage(fd, path)
             os.close(fd)

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 from ipe_emu.errors import NotJudgedError
@@ -41,8 +42,8 @@ _MOST_REMARKS: Final = 50
 def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
     """Be the machine's first process.
 
-    Sends ``machine`` with a socket for uevents and the devtmpfs, sysfs and proc to be staged, then ``listener``; then
-    lines of the kernel's log as ``log``, and ``panic`` where there is no init process.
+    Sends ``machine`` with a socket for uevents and the devtmpfs, sysfs, proc and root to be staged, then ``listener``;
+    then lines of the kernel's log as ``log``, and ``panic`` where there is no init process.
     """
     try:
         process.set_name(b"ipe-emu machine")
@@ -57,7 +58,9 @@ def main(channel: Channel, blueprint: BootBlueprint) -> NoReturn:
         unpacked = _unpack(blueprint)
         described = _described(unpacked)
         mounts.pivot_root_into(ROOT)
-        staged = [uevents.open_socket(), _devtmpfs(), _sysfs(), proc, *devpts]
+        # The root is staged as well so that its file system lives on when the machine has let go of it.
+        root = mounts.clone(Path("/"), recursive=False)
+        staged = [uevents.open_socket(), _devtmpfs(), _sysfs(), proc, root, *devpts]
         os.umask(0o022)  # as that of init_task
         channel.ask("machine", described, staged)
         for fd in staged:

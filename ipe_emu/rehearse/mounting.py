@@ -14,13 +14,14 @@ from typing import Final, Protocol
 
 from attrs import define, field, frozen
 
-from ipe_emu.errors import KernelError
+from ipe_emu.errors import KernelError, NotJudgedError
 from ipe_emu.exec_hook import binfmt_misc
 from ipe_emu.exec_hook.caller import Caller, path_of
 from ipe_emu.exec_hook.execve import read_path
 from ipe_emu.exec_hook.plan import Continue, Fail, Perform, Plan
 from ipe_emu.exec_hook.traps import Trap
 from ipe_emu.linux import mounts, procfs, statx
+from ipe_emu.linux.mountinfo import Superblocks
 from ipe_emu.linux.mounts import Attribute
 from ipe_emu.linux.syscalls import AT_FDCWD
 from ipe_emu.rehearse.events import Mounted, NotJudged, Timeline
@@ -110,7 +111,7 @@ FILE_SYSTEMS: Final = tuple(f"nodev\t{kind}\n" for kind in sorted(_NATIVE | EVER
 
 @define(eq=False)
 class Mounting:
-    """Answers the calls. ``emulators`` are asked by type.
+    """Answers the calls. ``emulators`` are asked by type; ``nullfs``: what is below the first root (`Profile`).
 
     To be set before the machine starts: ``root_mount``, the id of the machine's first root, ``devices``, the st_dev of
     what is staged, and ``proc_parts``, what is mounted on names in every proc (see `Agent.compose`).
@@ -119,9 +120,12 @@ class Mounting:
     agent: Agent
     timeline: Timeline
     emulators: Mapping[str, MountEmulator]
+    superblocks: Superblocks
+    nullfs: bool
     root_mount: int = field(default=-1, init=False)
     devices: dict[Path, int] = field(factory=dict, init=False)
     proc_parts: list[tuple[Path | None, str]] = field(factory=list, init=False)
+    _detached: list[int] = field(factory=list, init=False)
 
     @property
     def traps(self) -> Sequence[Trap]:
@@ -211,6 +215,8 @@ class Mounting:
             return Plan(Continue())
         flags = args[1]
         target = caller.look_up(AT_FDCWD, read_path(caller.tracee, args[0]), follow=not flags & _UMOUNT_NOFOLLOW)
+        if self.nullfs and statx.mount_id(target) == self.root_mount and _is_root(caller, target):
+            return self._plan_umount_of_first_root(caller, target, flags)
         # Of these the machine's kernel would say that they are busy, for what we have mounted on them.
         composed = {self.devices[DEVTMPFS], self.devices[PROC]}
         if os.fstat(target).st_dev not in composed or not _is_root(caller, target):
@@ -218,6 +224,19 @@ class Mounting:
         if not flags & _MNT_DETACH and self._is_busy(caller, statx.mount_id(target)):
             raise KernelError(errno.EBUSY, "somebody uses it", "do_umount")
         return Plan(Perform(lambda: self._detach(caller, target)))
+
+    def _plan_umount_of_first_root(self, caller: Caller, target: int, flags: int) -> Plan:
+        """Plan it where another root may have taken its place, and it is a mount like any other (``nullfs``)."""
+        if statx.mount_id(caller.root()) == self.root_mount:
+            # Here it is locked, and the answer would be EINVAL.
+            if flags & _MNT_DETACH:
+                raise NotJudgedError("the first root would be detached while it is the root")
+            raise KernelError(errno.EBUSY, "it is the root", "do_umount")
+        if not flags & _MNT_DETACH:
+            return Plan(Continue(lambda: self.superblocks.mounts.pop(self.root_mount, None)))
+        # Whoever uses it goes on to, and while it is known by its id, no other mount may have that.
+        self._detached.append(os.dup(target))
+        return Plan(Continue())
 
     def _detach(self, caller: Caller, target: int) -> int:
         self.agent.detach(caller.tracee.pid, target)
@@ -240,14 +259,17 @@ class Mounting:
 
     # -- pivot_root(2) ----------------------------------------------------------------------------------------------
 
-    def _plan_pivot_root(self, caller: Caller, _args: tuple[int, ...]) -> Plan:
-        if caller.capable(CAP_SYS_ADMIN):
-            root = caller.tracee.open_root()
-            try:
-                if statx.mount_id(root) == self.root_mount:
-                    raise KernelError(errno.EINVAL, "the root is the rootfs, which is mounted on nothing", "pivot_root")
-            finally:
-                os.close(root)
+    def _plan_pivot_root(self, caller: Caller, args: tuple[int, ...]) -> Plan:
+        if not caller.capable(CAP_SYS_ADMIN) or statx.mount_id(caller.root()) != self.root_mount:
+            return Plan(Continue())
+        new, old = (caller.look_up(AT_FDCWD, read_path(caller.tracee, address)) for address in args[:2])
+        # path_pivot_root() asks in this order: is the new root locked, is one of them busy, has the root a parent?
+        if statx.mount_id(new) == self.root_mount and not self.nullfs:
+            raise KernelError(errno.EINVAL, "the rootfs cannot be the new root", "path_pivot_root")
+        if self.root_mount in (statx.mount_id(new), statx.mount_id(old)):
+            raise KernelError(errno.EBUSY, "nothing goes to where the old root is", "path_pivot_root")
+        if not self.nullfs:
+            raise KernelError(errno.EINVAL, "the root is the rootfs, which is mounted on nothing", "path_pivot_root")
         return Plan(Continue())
 
 

@@ -150,6 +150,16 @@ _NOT_SEALED = f"""op=EXECUTE fsverity_signature=TRUE action=DENY
 op=EXECUTE fsverity_digest={FILES["other"].digest()} action=DENY
 """
 
+#: A root to pivot into.
+_PIVOTED = """mount -t tmpfs none /newroot; mkdir /newroot/old /newroot/bin /newroot/tmp
+cp /bin/busybox /newroot/bin; cd /newroot
+"""
+#: Of which none may be taken for a mount that is gone.
+_MANY_TMPFS = """for number in 1 2 3 4 5 6; do
+    /bin/busybox mount -t tmpfs none /tmp; /bin/busybox cp /bin/busybox /tmp; /tmp/busybox true; echo OUT $number $?
+done
+"""
+
 BOOTS = (
     Boot(
         "copies and mounts",
@@ -247,6 +257,41 @@ exec switch_root /newroot /init
         "a new root that is not trusted",
         f"{MOUNTS}{NEW_ROOT}\numount /sys/kernel/security /sys /proc /dev\nexec switch_root /newroot /init\n",
         {"etc/newinit": f"#!/bin/sh\necho OUT not reached\n{OFF}"},
+    ),
+    Boot(
+        "pivot_root of the first root",
+        f"""{MOUNTS}do_() {{ "$@" >/tmp/said 2>&1; echo OUT "$* = $?"; sed 's/^/OUT   /' /tmp/said; }}
+mkdir /b /c; export PATH=/bin:/old/bin
+do_ pivot_root . .; do_ pivot_root / /tmp; do_ pivot_root /none /newroot; do_ pivot_root /newroot /none; do_ umount /
+{_PIVOTED}do_ pivot_root /newroot /tmp; do_ pivot_root /tmp /newroot; do_ pivot_root /newroot/bin /newroot
+mount --bind /newroot /b; do_ pivot_root /b/bin /b; mount --bind /newroot/bin /c; do_ pivot_root /c /newroot/old
+do_ pivot_root . old; do_ /old/bin/busybox true; do_ /bin/busybox true
+do_ pwd -P; do_ readlink /old/proc/self/root; do_ readlink /old/proc/self/exe
+do_ umount /old; do_ pivot_root /old /old/newroot; do_ pwd -P; do_ /bin/busybox true; do_ /newroot/bin/busybox true
+{OFF}""",
+    ),
+    Boot(
+        "a first root that is detached",
+        f"""{MOUNTS}cat /etc/any.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Any/active
+{_PIVOTED}pivot_root . old; echo OUT pivoted $?
+/bin/busybox umount -l /old; echo OUT detached $?
+/bin/busybox ls /old; /bin/busybox true; echo OUT true $?
+exec /bin/busybox sh -c '{_MANY_TMPFS}/bin/busybox poweroff -f'
+""",
+        signed={
+            "any": ("trusted", policy("Any", "1.0.0", INITRAMFS + "op=EXECUTE boot_verified=FALSE action=ALLOW\n")),
+        },
+    ),
+    Boot(
+        "a first root that is unmounted",
+        f"""{MOUNTS}{_PIVOTED}cat /etc/else.p7b >$IPE/new_policy; echo 1 >$IPE/policies/Else/active
+pivot_root . old; echo OUT pivoted $?
+exec /bin/busybox sh -c '
+for name in sys/kernel/security sys dev proc; do /bin/busybox umount /old/$name; echo OUT $name $?; done
+/bin/busybox umount /old; echo OUT unmounted $?; /bin/busybox umount -l /old; echo OUT detached $?
+{_MANY_TMPFS}/bin/busybox poweroff -f'
+""",
+        signed={"else": ("trusted", policy("Else", "1.0.0", "op=EXECUTE boot_verified=TRUE action=DENY\n", "ALLOW"))},
     ),
     Boot(
         "an overlay over the initramfs",

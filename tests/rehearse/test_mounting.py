@@ -135,16 +135,37 @@ def test_binding_takes_along_what_a_kernel_has_in_one_file_system(emu: Runner) -
     ]
 
 
+PIVOT = """mount -t tmpfs none /newroot; mkdir /newroot/old /newroot/bin /newroot/tmp
+cp /bin/busybox /newroot/bin/busybox; cd /newroot
+pivot_root /newroot /tmp; pivot_root . old"""
+
+
 def test_pivot_root_of_the_rootfs(one: Runner) -> None:
-    output = run_script(
-        one,
-        """
-        mount -t tmpfs none /newroot; mkdir /newroot/old
-        pivot_root /newroot /newroot/old
-        """,
+    done = boot(one, build_tree(one.place / "tree", f"exec 2>&1\n{PIVOT}\npoweroff -f\n"), "--kernel", "linux-6.12")
+    assert [line.rpartition(": ")[2] for line in done.output] == ["Device or resource busy", "Invalid argument"]
+
+
+def test_pivot_root_where_the_initramfs_is_no_first_root(emu: Runner) -> None:
+    """Neither what is mounted after it is gone, nor what gets its mount's number, is taken for it."""
+    init = f"""{MOUNTS}exec 2>&1; umount /
+cat /etc/allow.pol >$IPE/new_policy; echo 1 >$IPE/policies/Allow/active; {PIVOT}
+/old/bin/busybox umount /old; /bin/busybox umount -l /old; /bin/busybox ls /old
+exec /bin/busybox sh -c '
+for number in 1 2 3; do
+    /bin/busybox mount -t tmpfs none /tmp; /bin/busybox cp /bin/busybox /tmp; /tmp/busybox echo $number
+done; /bin/busybox poweroff -f'
+"""
+    policy = (
+        "policy_name=Allow policy_version=1.0.0\nDEFAULT action=ALLOW\nop=EXECUTE boot_verified=TRUE action=ALLOW\n"
     )
-    (line,) = output
-    assert line.endswith(": Invalid argument")
+    done = boot(emu, build_tree(emu.place / "tree", init, {"etc/allow.pol": policy}), cmdline="ipe.success_audit=1")
+    assert done.status == 0, done.errors
+    assert [line.rpartition(": ")[2] for line in done.output] == [
+        "Device or resource busy", "Device or resource busy", "Device or resource busy", "1", "2", "3",
+    ]  # fmt: skip
+    copies = [record for record in done.records if 'path="/tmp/busybox"' in record]
+    assert len(copies) == 6  # BPRM_CHECK and MMAP
+    assert all('rule="DEFAULT action=ALLOW"' in record and 'dev="tmpfs"' in record for record in copies)
 
 
 def test_what_is_unknown_here_is_not_passed_over(one: Runner) -> None:

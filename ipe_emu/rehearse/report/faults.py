@@ -173,7 +173,11 @@ def of_message(event: Message) -> str | None:
     if not text.startswith("device-mapper:") or "there is no key" in text:
         return None
     if text.endswith("(ENOKEY)"):
-        return "root hash without a signature" if "require_signatures" in text else "root hash signed by a key that is not trusted"
+        return (
+            "root hash without a signature"
+            if "require_signatures" in text
+            else "root hash signed by a key that is not trusted"
+        )
     return "root hash signature rejected" if text.endswith("(EKEYREJECTED)") else None
 
 
