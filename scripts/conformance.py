@@ -19,8 +19,8 @@ from attrs import frozen
 from scripts import reference_kernel
 from tests.conformance import known
 from tests.conformance.compare import Count, Difference, compare
-from tests.conformance.generate import WAYS, Generator, Step
-from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, Trusts, UserModeLinux
+from tests.conformance.generate import JUDGED, WAYS, Generator, Step
+from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, Trusts, UserModeLinux, medium_of
 from tests.conformance.shell_script import shell_script
 from tests.conformance.shrink import shrink
 from tests.conformance.stock import StockKernel
@@ -44,8 +44,8 @@ class Batch:
     @property
     def emulator(self) -> MountedEmulator:
         """The emulator that is asked."""
-        if self.way in ("run", "volumes"):
-            return RunningEmulator(self.profile, on_volumes=self.way == "volumes", trusts=self.trusts)
+        if self.way in JUDGED:
+            return RunningEmulator(self.profile, medium=medium_of(self.way), trusts=self.trusts)
         return MountedEmulator(self.profile, trusts=self.trusts)
 
     @property
@@ -53,7 +53,7 @@ class Batch:
         """What is in the README's table."""
         of_profile = known.OP_POLICY if self.profile == "op-policy" else ()
         of_firmware = known.SECURE_BOOT if self.trusts == "platform" else ()
-        return of_profile + of_firmware + (known.RUN if self.way in ("run", "volumes") else known.MOUNT)
+        return of_profile + of_firmware + (known.RUN if self.way in JUDGED else known.MOUNT)
 
     def describe(self) -> str:
         """What it compared, and how to repeat it."""
@@ -91,7 +91,7 @@ def batches(options: argparse.Namespace, kernels: list[reference_kernel.Kernel])
         kernel = kernels[number % len(kernels)]
         way = ways[number // len(kernels) % len(ways)]
         size = min(PER_BATCH, left)
-        machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}", on_volumes=way == "volumes")
+        machine = UserModeLinux(kernel.program, f"Linux {kernel.package_version}", medium=medium_of(way))
         yield Batch(
             options.seed,
             number,

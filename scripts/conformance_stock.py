@@ -16,6 +16,7 @@ from scripts import stock_kernel
 from scripts.conformance import Batch, add_options, run
 from scripts.reference_kernel import NotReachableError, say
 from tests.conformance.generate import WAYS
+from tests.conformance.machines import medium_of
 from tests.conformance.stock import StockKernel, accelerator
 
 PER_BATCH = 10
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         wanted = []
         for number, first in enumerate(range(0, options.sequences, PER_BATCH)):
             way = ways[number % len(ways)]
-            machine = StockKernel(stock.kernel, stock.modules, variables, name, on_volumes=way == "volumes")
+            machine = StockKernel(stock.kernel, stock.modules, variables, name, medium=medium_of(way))
             size = min(PER_BATCH, options.sequences - first)
             profile = f"linux-{stock_kernel.SERIES}"
             wanted.append(Batch(options.seed, number, machine, profile, way, size, options.steps, trusts="platform"))

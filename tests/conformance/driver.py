@@ -6,7 +6,7 @@ BATCH and ANSWERS are JSON: a list of sequences of steps, and for each step its 
 With ``executing``, there are places on /mnt from which programs are executed.
 """
 
-# ruff: noqa: PTH101, PTH102, PTH211, PTH208 - system calls as they are
+# ruff: noqa: PTH101, PTH102, PTH104, PTH108, PTH112, PTH208, PTH211 - system calls as they are
 # Each step is one system call; pathlib would make several.
 
 import array
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, call
-from tests.conformance import volumes
+from tests.conformance import media
 from tests.conformance.audit import AuditSource, KernelAudit, LogAudit
+from tests.exec_hook import fsverity_steps
 from tests.securityfs.acting import Actor, encoded, failed
 from tests.securityfs.identities import become
 
@@ -33,8 +34,11 @@ Step = dict[str, Any]
 Answer = dict[str, Any]
 
 SCRATCH = "/mnt/scratch"
+NEW = f"{media.SEALABLE}/new"
 MODES = {"ipe/new_policy": 0o200, "ipe/enforce": 0o600, "ipe/success_audit": 0o600, "ipe": 0o755, "ipe/policies": 0o755}
 SECONDS = 60.0
+#: A printed script, if a machine is to run one, and what it prints.
+SCRIPT, PRINTED = "script.py", "printed"
 AT_EXECVE_CHECK = 0x10000
 MS_NOEXEC, MS_BIND = 8, 4096
 
@@ -102,6 +106,9 @@ class Driver(Actor):
                 self._put(f"ipe/policies/{name}/delete", b"1")
         self._put("ipe/enforce", step["enforce"].encode())
         self._put("ipe/success_audit", b"0")
+        if os.path.isdir(NEW):
+            for name in os.listdir(NEW):
+                os.unlink(f"{NEW}/{name}")
         return {"ok": 0}
 
     def _put(self, path: str, data: bytes) -> None:
@@ -128,20 +135,6 @@ class Driver(Actor):
             answer["version"] = (directory / "version").read_text()
             (directory / "delete").write_bytes(b"1")
         return answer
-
-    def do_write(self, step: Step) -> Any:
-        try:
-            fd = os.open(self.path(step), step["flags"], 0o666)
-        except OSError as error:
-            return failed(error) | {"at": "open"}
-        results = []
-        for data in step["writes"]:
-            try:
-                results.append({"ok": os.write(fd, base64.b64decode(data))})
-            except OSError as error:
-                results.append(failed(error))
-        os.close(fd)
-        return results
 
     def do_chmod(self, step: Step) -> Any:
         os.chmod(self.path(step), step["mode"])
@@ -172,6 +165,39 @@ class Driver(Actor):
             os.fchmod(fd, step["mode"])
             return {"ok": 0}
         return super().on_descriptor(name, step)
+
+    # -- what is sealed ---------------------------------------------------------------------------------------------
+
+    def do_seal(self, step: Step) -> Any:
+        """Seal a file by fs-verity."""
+        seal(step)
+        return {"ok": 0}
+
+    def do_measure(self, step: Step) -> Any:
+        fd = os.open(step["file"], os.O_RDONLY)
+        try:
+            return {"ok": fsverity_steps.measured(fd)}
+        finally:
+            os.close(fd)
+
+    def do_alter(self, step: Step) -> Any:
+        """Change a file, its mode, or its name."""
+        path, how = step["file"], step["how"]
+        if how == "append":
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+            try:
+                return {"ok": os.write(fd, b"#\n")}
+            finally:
+                os.close(fd)
+        {
+            "truncate": lambda: os.truncate(path, 3),
+            "chmod": lambda: os.chmod(path, step["mode"]),
+            "utime": lambda: os.utime(path),
+            "rename": lambda: os.rename(path, step["to"]),
+            "link": lambda: os.link(path, step["to"]),
+            "unlink": lambda: os.unlink(path),
+        }[how]()
+        return {"ok": 0}
 
     # -- what is executed -------------------------------------------------------------------------------------------
 
@@ -263,6 +289,17 @@ class Driver(Actor):
         return {"ok": 0}
 
 
+def seal(step: Step) -> None:
+    fd = os.open(step["file"], step.get("flags", os.O_RDONLY))
+    try:
+        fsverity_steps.enable(
+            fd, algorithm=step["algorithm"], block=step["block"], salt=step["salt"].encode(),
+            signature=base64.b64decode(step["signature"]),
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+
+
 def ended(function: Callable[[], object]) -> Answer:
     """Call ``function`` in a child; how that ended, and what it printed."""
     reader, writer = os.pipe()
@@ -319,46 +356,74 @@ def run(batch: list[list[Step]], root: Path, audit: AuditSource) -> list[list[An
     return answers
 
 
-def make_places(*, on_volumes: bool) -> None:
+def make_places(work: Path, *, on_kernel: bool) -> None:
     """The places that decisions are about, beside /mnt/initramfs which is there already."""
-    for name in ("tmpfs", "upper", "bind", "overlay", "noexec", "links"):
+    for name in ("tmpfs", "upper", "bind", "noexec", "links"):
         os.mkdir(f"/mnt/{name}")
     for name in ("tmpfs", "scratch", "upper"):
         call("mount", b"tmpfs", f"/mnt/{name}".encode(), b"tmpfs", 0, b"mode=755")
     call("mount", b"tmpfs", b"/mnt/noexec", b"tmpfs", MS_NOEXEC, b"mode=755")
     call("mount", b"/mnt/initramfs/bin", b"/mnt/bind", None, MS_BIND, None)
-    os.mkdir("/mnt/upper/files")
-    os.mkdir("/mnt/upper/work")
-    layers = b"lowerdir=/mnt/initramfs,upperdir=/mnt/upper/files,workdir=/mnt/upper/work"
-    call("mount", b"overlay", b"/mnt/overlay", b"overlay", 0, layers)
+    make_overlay("/mnt/initramfs", "overlay", changed=["bin/script"])
     for name in os.listdir("/mnt/initramfs/bin"):
         original = f"/mnt/initramfs/bin/{name}"
         for place in ("tmpfs", "noexec"):
             Path(f"/mnt/{place}/{name}").write_bytes(Path(original).read_bytes())
             os.chmod(f"/mnt/{place}/{name}", Path(original).stat().st_mode & 0o777)
         os.symlink(original, f"/mnt/links/{name}")
-    os.utime("/mnt/overlay/bin/script")  # a copy of it is in the upper layer now
     os.symlink("/mnt/tmpfs/true", "/mnt/links/via_tmpfs")
-    if on_volumes:
-        for name in ("overlay-dmvs", "upper/files2", "upper/work2"):
-            os.mkdir(f"/mnt/{name}")
-        layers = b"lowerdir=/mnt/dmvs,upperdir=/mnt/upper/files2,workdir=/mnt/upper/work2"
-        call("mount", b"overlay", b"/mnt/overlay-dmvs", b"overlay", 0, layers)
-        os.utime("/mnt/overlay-dmvs/bin/script")
+    make_volumes(media.volumes(work), on_kernel=on_kernel)
+    make_seals(work, media.seals(work), on_kernel=on_kernel)
+
+
+def make_overlay(lower: str, name: str, *, changed: list[str]) -> None:
+    """An overlay on /mnt; of the files that are ``changed``, copies are in its upper layer."""
+    for directory in (name, f"upper/{name}", f"upper/{name}/files", f"upper/{name}/work"):
+        os.mkdir(f"/mnt/{directory}")
+    layers = f"lowerdir={lower},upperdir=/mnt/upper/{name}/files,workdir=/mnt/upper/{name}/work"
+    call("mount", b"overlay", f"/mnt/{name}".encode(), b"overlay", 0, layers.encode())
+    for path in changed:
+        os.utime(f"/mnt/{name}/{path}")
+
+
+def make_volumes(volumes: tuple[media.Volume, ...], *, on_kernel: bool) -> None:
+    for number, volume in enumerate(volumes):
+        if on_kernel:  # the emulator has mounted them already
+            volume.mount(2 * number)
+    if volumes:
+        make_overlay("/mnt/dmvs", "overlay-dmvs", changed=["bin/script"])
+
+
+def make_seals(work: Path, seals: list[Step], *, on_kernel: bool) -> None:
+    if not seals:
+        return
+    if on_kernel:
+        media.mount_sealable(work)
+        trust_for_fsverity((work / media.CERTIFICATE).read_bytes())
+    for step in seals:
+        seal(step)
+    os.mkdir("/mnt/bind-fsv")
+    call("mount", f"{media.SEALABLE}/layers".encode(), b"/mnt/bind-fsv", None, MS_BIND, None)
+    make_overlay(f"{media.SEALABLE}/layers", "overlay-fsv", changed=["sha256/bin/true", "sha256s/bin/busybox"])
+
+
+def trust_for_fsverity(certificate: bytes) -> None:
+    """Put a certificate into the kernel's keyring for fs-verity."""
+    keyring = next(line for line in Path("/proc/keys").read_text().splitlines() if " .fs-verity" in line)
+    call("add_key", b"asymmetric", b"", certificate, len(certificate), int(keyring.split()[0], 16))
 
 
 def main(arguments: list[str]) -> None:
     batch, answers, root, source, *executing = arguments
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    audit: AuditSource = KernelAudit(os.getpid()) if source == "netlink" else LogAudit(Path(source))
+    work, on_kernel = Path(batch).parent, source == "netlink"
+    audit: AuditSource = KernelAudit(os.getpid()) if on_kernel else LogAudit(Path(source))
     Path(SCRATCH).mkdir()
     if executing:
-        opened = volumes.read(Path(batch).with_name("volumes.json"))
-        for number, volume in enumerate(opened):
-            if source == "netlink":  # the emulator has mounted them already
-                Path(f"/mnt/{volume.name}").mkdir()
-                volume.open(2 * number)
-        make_places(on_volumes=bool(opened))
+        make_places(work, on_kernel=on_kernel)
+    if (script := work / SCRIPT).exists():
+        with (work / PRINTED).open("wb") as printed:
+            subprocess.run([sys.executable, script, root], check=False, stdout=printed, timeout=SECONDS)
     done = run(json.loads(Path(batch).read_text()), Path(root), audit)
     Path(answers).write_text(json.dumps(done))
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conformance import driver, machines, volumes
+from tests.conformance import driver, files, media, seals
 from tests.securityfs.emulator import RECORDED_MACHINES, mounted
 from tests.vectors import KEYS
 
 MOUNT = "/usr/bin/mount"
-TRUST = {
+TRUST: dict[str, tuple[str | Path, ...]] = {
     "builtin": RECORDED_MACHINES,
     "platform": ("--platform-keys", KEYS / "builtin-trusted.pem"),
 }
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     way, profile, trusts, work = arguments
     subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt"], check=True)
     for name in ("initramfs", "batch", "securityfs"):
-        os.mkdir(f"/mnt/{name}")  # noqa: PTH102 - as the recorded program does
+        Path("/mnt", name).mkdir()
     subprocess.run([MOUNT, "--bind", work, "/mnt/batch"], check=True)
     batch, answers = "/mnt/batch/batch.json", "/mnt/batch/answers.json"
     if way == "mount":
@@ -33,16 +33,20 @@ def main(arguments: list[str]) -> int:
             driver.main([batch, answers, str(emulator.directory), str(emulator.audit_log)])
         return 0
     subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt/initramfs"], check=True)
-    machines.fill(Path("/mnt/initramfs"))
-    log = Path(work, "audit")
-    log.touch()
-    opened = volumes.read(Path(work, "volumes.json"))
-    for volume in opened:
-        os.mkdir(f"/mnt/{volume.name}")  # noqa: PTH102 - as the recorded program does
+    files.fill(Path("/mnt/initramfs"))
+    Path(work, "audit").touch()
+    given: list[str | Path] = []
+    for volume in media.volumes(Path(work)):
+        Path("/mnt", volume.name).mkdir()
+        given.append(f"--volume={volume.option}")
+    if media.seals(Path(work)):
+        Path(media.SEALABLE).mkdir()
+        subprocess.run([MOUNT, "-t", "tmpfs", "-o", "mode=755", "tmpfs", media.SEALABLE], check=True)
+        seals.fill(Path(media.SEALABLE))
+        given += ["--sealable", media.SEALABLE, "--fsverity-keys", seals.TRUSTED]
     command = [
-        sys.executable, "-m", "ipe_emu", "run",
-        *(f"--volume={volume.option}" for volume in opened),
-        "--kernel", profile, *map(str, TRUST[trusts]), "--boot-verified", "/mnt/initramfs",
+        sys.executable, "-m", "ipe_emu", "run", *given,
+        "--kernel", profile, *TRUST[trusts], "--boot-verified", "/mnt/initramfs",
         "--cmdline", "ipe.enforce=0", "--audit-log", "/mnt/batch/audit", "--",
         sys.executable, "-m", "tests.conformance.driver", batch, answers, "/sys/kernel/security", "/mnt/batch/audit",
         "executing",

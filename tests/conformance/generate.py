@@ -9,13 +9,17 @@ import os
 import random
 from typing import Any
 
+from tests.conformance import files
 from tests.conformance.payloads import DIGESTS, SIGNERS, Payload, octets
+from tests.conformance.seals import KINDS, UNSEALED, argument, signature
 
 Step = dict[str, Any]
 
 #: What a sequence is for: a mounted emulator with system calls alone, or with shells and tools as well; or ``run``,
-#: without and with volumes on dm-verity.
-WAYS = ("mount", "tools", "run", "volumes")
+#: without and with volumes on dm-verity, or with files sealed by fs-verity.
+WAYS = ("mount", "tools", "run", "volumes", "seals")
+#: Those in which what is executed is judged.
+JUDGED = ("run", "volumes", "seals")
 #: Sequences are numbered from here, with two digits: their policies' versions rise with them, so that the policy that a
 #: sequence starts with can always be activated.
 FIRST, LAST = 10, 99
@@ -43,6 +47,20 @@ VOLUME_PROPERTIES = (
 )  # fmt: skip
 PLACES = ("initramfs/bin", "initramfs/bin", "tmpfs", "bind", "overlay/bin", "overlay/bin", "noexec", "links")
 VOLUME_PLACES = ("dmv/bin", "dmvs/bin", "dmv512/bin", "overlay-dmvs/bin")
+#: Right digests and such of other files and kinds, and right ones under another algorithm's name.
+SEAL_PROPERTIES = (
+    *(f"fsverity_digest={{{kind} {name}}}" for kind in KINDS for name in ("busybox", "true", "script", "dynamic")),
+    *(f"fsverity_digest={{{kind} {name}}}" for kind in ("sha256", "sha512s") for name in ("empty", "garbage", "plain")),
+    *("fsverity_signature=TRUE", "fsverity_signature=FALSE") * 5,
+    "fsverity_digest={sha256:sha512 busybox}", "fsverity_digest={sha512:sha256 true}",
+    "fsverity_digest={sha256 busybox}00", "dmverity_roothash={sha256 busybox}",
+)  # fmt: skip
+SEAL_PLACES = (
+    *(f"fsv/layers/{kind}/bin" for kind in (*KINDS, *KINDS, UNSEALED, UNSEALED)),
+    *(f"overlay-fsv/{kind}/bin" for kind in (*KINDS, UNSEALED)),
+    *("bind-fsv/sha256/bin", "bind-fsv/sha512s/bin", "bind-fsv/unsealed/bin"),
+    *("fsv/new",) * 6,
+)
 BAD_PROPERTIES = (
     "boot_verified=true", "boot_verified", "boot_verified=TRUE=FALSE", "dmverity_roothash=sha256",
     "fsverity_digest=:ab",
@@ -57,6 +75,9 @@ HEADERS = (
     "POLICY_NAME={name} policy_version={version}", "# comment\npolicy_name={name} policy_version={version}",
     "\n\npolicy_name={name} policy_version={version}", "policy_name={name} policy_version={version} # comment",
 )  # fmt: skip
+#: Files that sequences make, and what else they look for beside files.NAMES.
+NEW_NAMES = ("busybox", "script", "new", "true")
+_MORE_NAMES = ("true", "none", "via_tmpfs")
 ODD_NAMES = ("", ".", "..", "a/b", "x" * 255, "x" * 256, "\xe9", "a\x0bb", 'q"q', "a=b", "#", "A#", "\x7f", "Reset")
 ODD_VERSIONS = (
     "1",
@@ -74,6 +95,33 @@ ODD_VERSIONS = (
 )
 
 
+#: The rest of policies under which something can be executed.
+_LENIENT = {
+    "run": (
+        "DEFAULT action=ALLOW\n",
+        "DEFAULT action=DENY\nDEFAULT op=EXECUTE action=ALLOW\n",
+        "DEFAULT action=ALLOW\nop=EXECUTE boot_verified=TRUE action=DENY\nop=KMODULE action=DENY\n",
+        "DEFAULT action=DENY\nop=EXECUTE boot_verified=FALSE action=ALLOW\nop=KMODULE action=ALLOW\n",
+    ),
+    "volumes": (
+        "DEFAULT action=DENY\nop=EXECUTE dmverity_signature=TRUE action=ALLOW\nop=EXECUTE boot_verified=TRUE"
+        " action=ALLOW\n",
+        "DEFAULT action=ALLOW\nop=EXECUTE dmverity_roothash={dmv512} action=DENY\nop=KMODULE"
+        " dmverity_signature=TRUE action=DENY\nop=EXECUTE dmverity_roothash={dmvs} dmverity_signature=FALSE"
+        " action=DENY\n",
+    ),
+    "seals": (
+        "DEFAULT action=DENY\nop=EXECUTE fsverity_signature=TRUE action=ALLOW\nop=EXECUTE boot_verified=TRUE"
+        " action=ALLOW\n",
+        "DEFAULT action=DENY\nop=EXECUTE fsverity_digest={sha256 busybox} action=ALLOW\nop=EXECUTE"
+        " fsverity_digest={sha512s script} fsverity_signature=TRUE action=ALLOW\nop=EXECUTE"
+        " fsverity_digest={salted true} action=ALLOW\nop=EXECUTE boot_verified=TRUE action=ALLOW\n",
+        "DEFAULT action=ALLOW\nop=EXECUTE fsverity_digest={sha512 busybox} fsverity_signature=FALSE action=DENY\n"
+        "op=EXECUTE fsverity_digest={sha256s true} action=DENY\nop=KMODULE fsverity_signature=TRUE action=DENY\n",
+    ),
+}
+
+
 class Generator:
     """Makes sequences. The same seed gives the same ones; not ``admitting``, no rule of theirs allows op=POLICY."""
 
@@ -83,8 +131,13 @@ class Generator:
         self._begin()
 
     def _begin(self, way: str = "mount") -> None:
-        self._properties = PROPERTIES + (VOLUME_PROPERTIES * 2 if way == "volumes" else ())
-        self._places = PLACES + (VOLUME_PLACES * 3 if way == "volumes" else ())
+        media = {"volumes": (VOLUME_PROPERTIES * 2, VOLUME_PLACES * 3), "seals": (SEAL_PROPERTIES, SEAL_PLACES)}
+        properties, places = media.get(way, ((), ()))
+        self._properties: tuple[str, ...] = PROPERTIES + properties
+        self._places: tuple[str, ...] = PLACES + places
+        # Where copies are put, and of what the files that can be sealed probably are copies.
+        self._copied_to: tuple[str, ...] = ("/mnt/tmpfs/", "/mnt/overlay/bin/", "/mnt/scratch/")
+        self._new: dict[str, str] = {}
         # What is probably there, so that most steps find what they ask for: names of policies, and open descriptors.
         self._loaded = [PRECIOUS]
         self._open: list[str] = []
@@ -99,13 +152,16 @@ class Generator:
         ]  # fmt: skip
         if way == "tools":
             kinds += [(self.shell, 40)]
-        if way in ("run", "volumes"):
+        if way in JUDGED:
             kinds += [
                 (self.shell, 12), (self.execute, 30), (self.map_memory, 12), (self.module, 3), (self.copy, 4),
                 (self.without_memory, 3), (self.of_nothing, 3),
             ]  # fmt: skip
+        if way == "seals":
+            self._copied_to += ("/mnt/fsv/new/",) * 9 + ("/mnt/overlay-fsv/sha256/bin/",)
+            kinds += [(self.copy, 8), (self.seal, 14), (self.measure, 4), (self.alter, 8)]
         makers, weights = zip(*kinds, strict=True)
-        steps = self._start(way) if way in ("run", "volumes") and self.random.random() < 0.5 else []
+        steps = self._start(way) if way in JUDGED and self.random.random() < 0.5 else []
         while len(steps) < length:
             step = self.random.choices(makers, weights)[0]()
             # Beside a mount nothing that is executed is judged: the kernel stays permissive, so that its shells run.
@@ -115,18 +171,8 @@ class Generator:
 
     def _start(self, way: str) -> list[Step]:
         """Activate a policy under which something can be executed, most often the host's shells; record all of it."""
-        body = self.random.choice((
-            "DEFAULT action=DENY\nop=EXECUTE dmverity_signature=TRUE action=ALLOW\nop=EXECUTE boot_verified=TRUE"
-            " action=ALLOW\n",
-            "DEFAULT action=ALLOW\nop=EXECUTE dmverity_roothash={dmv512} action=DENY\nop=KMODULE"
-            " dmverity_signature=TRUE action=DENY\nop=EXECUTE dmverity_roothash={dmvs} dmverity_signature=FALSE"
-            " action=DENY\n",
-        ) if way == "volumes" and self.random.random() < 0.7 else (
-            "DEFAULT action=ALLOW\n",
-            "DEFAULT action=DENY\nDEFAULT op=EXECUTE action=ALLOW\n",
-            "DEFAULT action=ALLOW\nop=EXECUTE boot_verified=TRUE action=DENY\nop=KMODULE action=DENY\n",
-            "DEFAULT action=DENY\nop=EXECUTE boot_verified=FALSE action=ALLOW\nop=KMODULE action=ALLOW\n",
-        ))  # fmt: skip
+        bodies = _LENIENT.get(way, ())
+        body = self.random.choice(bodies if bodies and self.random.random() < 0.7 else _LENIENT["run"])
         policy = {"text": "policy_name=Lenient policy_version={base}.0.0\n" + body, "signer": "trusted"}
         self._loaded.append("Lenient")
         one = {"literal": "1"}
@@ -393,22 +439,7 @@ class Generator:
 
     def _program(self) -> str:
         directory = self.random.choice(self._places)
-        name = self.random.choice(
-            (
-                "busybox",
-                "true",
-                "true",
-                "script",
-                "nested",
-                "lost",
-                "garbage",
-                "empty",
-                "dynamic",
-                "plain",
-                "none",
-                "via_tmpfs",
-            )
-        )
+        name = self.random.choice((*NEW_NAMES, "none") if directory == "fsv/new" else (*files.NAMES, *_MORE_NAMES))
         return self.random.choice((f"/mnt/{directory}/{name}",) * 9 + ("/bin/true",))
 
     def execute(self) -> Step:
@@ -451,12 +482,47 @@ class Generator:
 
     def copy(self) -> Step:
         """Put a copy of a program where it was not."""
-        return {
-            "op": "copy",
-            "file": f"/mnt/initramfs/bin/{self.random.choice(('busybox', 'script', 'garbage', 'dynamic'))}",
-            "to": self.random.choice(("/mnt/tmpfs/", "/mnt/overlay/bin/", "/mnt/scratch/"))
-            + self.random.choice(("busybox", "script", "new", "true")),
-        }  # fmt: skip
+        name = self.random.choice(("busybox", "script", "garbage", "dynamic"))
+        to = self.random.choice(self._copied_to) + self.random.choice(NEW_NAMES)
+        self._new[to] = name
+        return {"op": "copy", "file": f"/mnt/initramfs/bin/{name}", "to": to}
+
+    def _sealable(self) -> str:
+        """A file that can most often be sealed."""
+        if self.random.random() < 0.85:
+            return f"/mnt/fsv/new/{self.random.choice(NEW_NAMES)}"
+        return self._program()
+
+    def seal(self) -> Step:
+        """Seal a file by fs-verity, with or without a signature."""
+        file, kind = self._sealable(), self.random.choice(tuple(KINDS))
+        step: Step = {"op": "seal", "file": file, "kind": kind}
+        if self.random.random() < 0.6:
+            name = self._new.get(file, "busybox") if self.random.random() < 0.85 else "true"
+            step["signed"] = [self.random.choice(("trusted",) * 5 + ("untrusted", "ca")), kind, name]
+        if self.random.random() < 0.05:
+            step["flags"] = self.random.choice((os.O_RDWR, os.O_WRONLY))
+        if self.random.random() < 0.05:
+            step["as"] = "uid 1000"
+        return step
+
+    def measure(self) -> Step:
+        """Ask for a file's digest."""
+        return {"op": "measure", "file": self._sealable()}
+
+    def alter(self) -> Step:
+        """Change a file that is probably sealed, or its name."""
+        how = self.random.choice(("append", "append", "truncate", "chmod", "utime", "rename", "link", "unlink"))
+        file = f"/mnt/fsv/new/{self.random.choice(NEW_NAMES)}"
+        step: Step = {"op": "alter", "how": how, "file": file}
+        if how in ("append", "truncate") and self.random.random() < 0.3:
+            step["file"] = f"/mnt/fsv/layers/{self.random.choice(tuple(KINDS))}/bin/busybox"
+        if how == "chmod":
+            step["mode"] = self.random.choice((0o755, 0o755, 0o644, 0o555))
+        if how in ("rename", "link"):
+            step["to"] = f"/mnt/fsv/new/{self.random.choice(NEW_NAMES)}"
+            self._new[step["to"]] = self._new.get(file, "busybox")
+        return step
 
 
 def reset(base: int, *, enforce: str = "1") -> Step:
@@ -486,6 +552,8 @@ def concrete(step: Step, base: int) -> Step:
         done["writes"] = [made(payload) for payload in step["payloads"]]
     if "payload" in step:
         done["data"] = made(step["payload"])
+    if step["op"] == "seal":
+        done |= argument(step["kind"], signature(*step["signed"]) if "signed" in step else b"")
     if "payload_file" in step:
         done["files"] = {"f": made(step["payload_file"])}
     return done

@@ -1,5 +1,7 @@
 """Machines that are asked: a reference kernel in user mode, and the emulator (Debian's own kernel: stock.py)."""
 
+import abc
+import contextlib
 import gzip
 import json
 import os
@@ -7,18 +9,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
-from tests.conformance import volumes
+from tests.conformance import driver, files, seals, volumes
 
 ROOT = Path(__file__).parent.parent.parent
 Sequence = list[dict[str, Any]]
 Answers = list[dict[str, Any]]
 Trusts = Literal["builtin", "platform"]
+Medium = Literal["volumes", "seals"]
 
 _INIT = """\
 #!/bin/busybox sh
@@ -46,97 +49,121 @@ $b poweroff -f
 """
 
 
+def medium_of(way: str) -> Medium | None:
+    """What a machine needs for sequences of a way (generate.WAYS)."""
+    return way if way in ("volumes", "seals") else None  # type: ignore[return-value] # mypy does not narrow by "in"
+
+
 class MachineError(Exception):
     """A machine did not answer a batch; the message holds what it printed."""
 
 
+@frozen(kw_only=True)
+class Machine(abc.ABC):
+    """What is started anew for each batch. ``medium``: what its files lie on, beside the initramfs and tmpfs."""
+
+    medium: Medium | None = None
+    seconds: float = 900.0
+    #: Whether it mounts file systems itself.
+    is_kernel: ClassVar[bool] = True
+
+    def answer(self, batch: list[Sequence]) -> list[Answers]:
+        """Have the driver do a batch; MachineError with what the machine printed if it did not."""
+        with self._work() as work:
+            (work / "batch.json").write_text(json.dumps(batch))
+            return self._done(work, "answers.json")
+
+    def type_in(self, script: str) -> list[Any]:
+        """Run a printed script (script.py); the result of each of its steps. Errors as `answer`."""
+        with self._work() as work:
+            (work / "batch.json").write_text("[]")
+            (work / driver.SCRIPT).write_text(script)
+            return self._done(work, driver.PRINTED)
+
+    @abc.abstractmethod
+    def start(self, work: Path) -> str:
+        """Let the machine do what ``work`` says, until it ends; return what it printed."""
+
+    @contextlib.contextmanager
+    def _work(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="ipe-conformance.") as name:
+            work = Path(name)
+            if self.medium == "volumes":
+                volumes.write(work)
+            elif self.medium == "seals":
+                seals.write(work, image=self.is_kernel)
+            yield work
+
+    def _done(self, work: Path, name: str) -> list[Any]:
+        printed = self.start(work)
+        try:
+            answered: list[Any] = json.loads((work / name).read_text())
+        except (OSError, ValueError):
+            raise MachineError(f"it gave no answers:\n{printed[-6000:]}") from None
+        return answered
+
+    def run(self, command: list[Any], **options: Any) -> str:
+        """Run a command until it ends; what it printed."""
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+                timeout=self.seconds, **options,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            said = (error.stdout or b"").decode(errors="replace")
+            raise MachineError(f"no answer after {self.seconds:.0f} s:\n{said}") from None
+        return bytes(done.stdout).decode(errors="replace")
+
+
 @frozen
-class UserModeLinux:
-    """A reference kernel, booted anew for each batch."""
+class UserModeLinux(Machine):
+    """A reference kernel."""
 
     program: Path
     name: str
-    on_volumes: bool = False
-    seconds: float = 900.0
 
-    def answer(self, batch: list[Sequence]) -> list[Answers]:
-        with tempfile.TemporaryDirectory(prefix="ipe-uml.") as name:
-            work = Path(name)
-            (work / "batch.json").write_text(json.dumps(batch))
-            if self.on_volumes:
-                volumes.write(work / "volumes.json")
-            image = work / "initramfs"
-            image.write_bytes(initramfs(work, host="-t hostfs -o / none", batch=f"-t hostfs -o {work} none"))
-            command = [
-                self.program, "mem=320M", f"initrd={image}", "con0=fd:0,fd:1", "con=null", "quiet", "ipe.enforce=0",
-                "ipe.success_audit=0", "panic=-1", f"uml_dir={work}",
-            ]  # fmt: skip
-            printed = run(command, self.seconds, cwd=work)
-            return answers(work, printed)
+    def start(self, work: Path) -> str:
+        image = work / "initramfs"
+        image.write_bytes(initramfs(work, host="-t hostfs -o / none", batch=f"-t hostfs -o {work} none"))
+        command = [
+            self.program, "mem=320M", f"initrd={image}", "con0=fd:0,fd:1", "con=null", "quiet", "ipe.enforce=0",
+            "ipe.success_audit=0", "panic=-1", f"uml_dir={work}",
+        ]  # fmt: skip
+        return self.run(command, cwd=work)
 
 
 @frozen
-class MountedEmulator:
+class MountedEmulator(Machine):
     """``ipe-emu mount``, in a mount namespace of its own. Nothing that is executed is judged.
 
     ``trusts``: the reference kernels' boot policy and built-in keys, or the same keys in the platform's keyring alone.
     """
 
     profile: str
-    on_volumes: bool = False
-    seconds: float = 900.0
-    trusts: Trusts = "builtin"
-    under_run = False
+    trusts: Trusts = field(default="builtin", kw_only=True)
+    under_run: ClassVar[bool] = False
+    is_kernel: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         command = f"ipe-emu {'run' if self.under_run else 'mount'} --kernel {self.profile}"
         command += " --platform-keys ..." if self.trusts == "platform" else ""
-        return command + (" --volume ..." if self.on_volumes else "")
+        return command + {"volumes": " --volume ...", "seals": " --sealable ..."}.get(self.medium or "", "")
 
-    def answer(self, batch: list[Sequence]) -> list[Answers]:
-        with tempfile.TemporaryDirectory(prefix="ipe-emu.") as name:
-            work = Path(name)
-            (work / "batch.json").write_text(json.dumps(batch))
-            if self.on_volumes:
-                volumes.write(work / "volumes.json")
-            command = [
-                "unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.conformance.emulated",
-                "run" if self.under_run else "mount", self.profile, self.trusts, work,
-            ]  # fmt: skip
-            environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
-            printed = run(command, self.seconds, cwd=Path("/"), env=environment)
-            return answers(work, printed)
+    def start(self, work: Path) -> str:
+        command = [
+            "unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.conformance.emulated",
+            "run" if self.under_run else "mount", self.profile, self.trusts, work,
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'fs'}"}
+        return self.run(command, cwd=Path("/"), env=environment)
 
 
 @frozen
 class RunningEmulator(MountedEmulator):
     """``ipe-emu run``: what is executed is judged."""
 
-    under_run = True
-
-
-def run(command: list[Any], seconds: float, **options: Any) -> str:
-    """Run a machine until it ends; what it printed."""
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
-            check=False, **options,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(
-            f"no answer after {seconds:.0f} s:\n{(error.stdout or b'').decode(errors='replace')}"
-        ) from None
-    return bytes(done.stdout).decode(errors="replace")
-
-
-def answers(work: Path, printed: str) -> list[Answers]:
-    """What the driver wrote; MachineError with what the machine printed if it wrote nothing."""
-    try:
-        answered: list[Answers] = json.loads((work / "answers.json").read_text())
-    except OSError:
-        raise MachineError(f"it gave no answers:\n{printed[-6000:]}") from None
-    return answered
+    under_run: ClassVar[bool] = True
 
 
 def initramfs(work: Path, *, host: str, batch: str, modules: Iterable[Path] = ()) -> bytes:
@@ -144,9 +171,7 @@ def initramfs(work: Path, *, host: str, batch: str, modules: Iterable[Path] = ()
     tree = work / "tree"
     for name in ("bin", "host", "t", "proc"):
         (tree / name).mkdir(parents=True)
-    busybox = shutil.which("busybox")
-    assert busybox is not None, "make setup installs busybox"
-    shutil.copy2(busybox, tree / "bin" / "busybox")
+    shutil.copy2(files.busybox(), tree / "bin" / "busybox")
     init = tree / "init"
     prepare = ""
     for module in modules:
@@ -154,7 +179,7 @@ def initramfs(work: Path, *, host: str, batch: str, modules: Iterable[Path] = ()
         prepare += f"$b insmod /{module.name}\n"
     init.write_text(_INIT.format(prepare=prepare, host=host, batch=batch, root=ROOT, python=sys.executable))
     init.chmod(0o755)
-    fill(tree / "t")
+    files.fill(tree / "t")
     return packed(tree)
 
 
@@ -166,25 +191,3 @@ def packed(tree: Path) -> bytes:
         timeout=60,
     )  # fmt: skip
     return gzip.compress(done.stdout, 1)
-
-
-def fill(directory: Path) -> None:
-    """The files that decisions are about, as they are on the initramfs."""
-    busybox = shutil.which("busybox")
-    assert busybox is not None
-    (directory / "bin").mkdir(parents=True)
-    files = {
-        "bin/busybox": Path(busybox).read_bytes(),
-        "bin/true": b"#!/mnt/initramfs/bin/busybox true\n",
-        "bin/script": b"#!/bin/sh\necho a script\n",
-        "bin/nested": b"#!/mnt/initramfs/bin/true x\n",
-        "bin/lost": b"#!/no/such/interpreter\n",
-        "bin/garbage": b"no program at all\n",
-        "bin/empty": b"",
-        "bin/dynamic": Path("/usr/bin/true").read_bytes(),
-    }
-    for name, data in files.items():
-        (directory / name).write_bytes(data)
-        (directory / name).chmod(0o755)
-    (directory / "bin/plain").write_bytes(b"#!/bin/sh\n")
-    (directory / "bin/plain").chmod(0o644)

@@ -1,17 +1,20 @@
 """What is written to nodes, described so that it can be made again for another number, shrunk and printed.
 
-A payload is a JSON object: ``literal`` (Latin-1), or ``text`` (a policy; ``{base}`` stands for the sequence's number)
-with who signs it and how, and with ``mutate``, what is then done to the octets.
+A payload is a JSON object: ``literal`` (Latin-1), or ``text`` (a policy) with who signs it and how, and with
+``mutate``, what is then done to the octets. In a text ``{base}`` stands for the sequence's number, ``{dmv}`` for a
+volume's root hash, ``{KIND FILE}`` for the digest of a sealed file, ``{NAME:KIND FILE}`` for the same under another
+algorithm's name.
 """
 
 import functools
+import re
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.serialization import pkcs7
 
-from tests.conformance import volumes
+from tests.conformance import seals, volumes
 from tests.vectors import KEYS
 
 Payload = dict[str, Any]
@@ -23,6 +26,8 @@ DIGESTS: dict[str, type[hashes.SHA224 | hashes.SHA256 | hashes.SHA384 | hashes.S
     "sha384": hashes.SHA384,
     "sha512": hashes.SHA512,
 }
+_ROOT_HASH = re.compile(r"\{(dmv\w*)\}")
+_FILE_DIGEST = re.compile(r"\{(?:(\w+):)?(\w+) (\w+)\}")
 
 
 @functools.cache
@@ -37,7 +42,7 @@ def octets(payload: Payload, base: int) -> bytes:
     if "literal" in payload:
         data = str(payload["literal"]).encode("latin-1")
     else:
-        data = volumes.filled_in(str(payload["text"]).replace("{base}", str(base))).encode("latin-1")
+        data = _filled_in(str(payload["text"]).replace("{base}", str(base))).encode("latin-1")
         if payload.get("pad"):
             data += b"#" * (payload["pad"] - 1) + b"\n"
         if "signer" in payload:
@@ -45,6 +50,18 @@ def octets(payload: Payload, base: int) -> bytes:
     for mutation in payload.get("mutate", ()):
         data = _mutated(data, mutation)
     return data
+
+
+def _filled_in(text: str) -> str:
+    """The text with what depends on the files of this machine."""
+    text = _ROOT_HASH.sub(lambda found: volumes.root_hash(found[1]), text)
+    return _FILE_DIGEST.sub(_file_digest, text)
+
+
+def _file_digest(found: re.Match[str]) -> str:
+    name, kind, file = found.groups()
+    digest = seals.digest(kind, file)
+    return str(digest) if name is None else f"{name}:{digest.value.hex()}"
 
 
 @functools.lru_cache(maxsize=4096)

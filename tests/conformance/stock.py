@@ -5,19 +5,16 @@ The machine sees the host's files read-only by virtio-fs, as a kernel in user mo
 
 import contextlib
 import functools
-import json
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from tests.conformance import volumes
-from tests.conformance.machines import Answers, Sequence, answers, initramfs, run
+from tests.conformance.machines import Machine, initramfs
 
 #: Debian 12 ships it with QEMU; later releases ship its successor, which has a package and options of its own.
 VIRTIOFSD_OF_QEMU = Path("/usr/lib/qemu/virtiofsd")
@@ -59,33 +56,25 @@ def qemu(variables: Path) -> list[Any]:
 
 
 @frozen
-class StockKernel:
+class StockKernel(Machine):
     """The kernel with its modules (in the order to load them), and the firmware's variables that hold the keys."""
 
     kernel: Path
     modules: tuple[Path, ...]
     variables: Path
     name: str
-    on_volumes: bool = False
-    seconds: float = 900.0
 
-    def answer(self, batch: list[Sequence]) -> list[Answers]:
-        with tempfile.TemporaryDirectory(prefix="ipe-qemu.") as name:
-            work = Path(name)
-            (work / "batch.json").write_text(json.dumps(batch))
-            if self.on_volumes:
-                volumes.write(work / "volumes.json")
-            image = work / "initramfs"
-            image.write_bytes(initramfs(work, host="-t virtiofs host", batch="-t virtiofs batch", modules=self.modules))
-            variables = work / "variables"
-            variables.write_bytes(self.variables.read_bytes())
-            with _shared("host", Path("/"), work) as host, _shared("batch", work, work) as shared:
-                command = [
-                    *qemu(variables), "-kernel", self.kernel, "-initrd", image,
-                    "-append", "console=ttyS0 quiet ipe.enforce=0 ipe.success_audit=0 panic=-1", *host, *shared,
-                ]  # fmt: skip
-                printed = run(command, self.seconds, cwd=work)
-            return answers(work, printed)
+    def start(self, work: Path) -> str:
+        image = work / "initramfs"
+        image.write_bytes(initramfs(work, host="-t virtiofs host", batch="-t virtiofs batch", modules=self.modules))
+        variables = work / "variables"
+        variables.write_bytes(self.variables.read_bytes())
+        with _shared("host", Path("/"), work) as host, _shared("batch", work, work) as shared:
+            command = [
+                *qemu(variables), "-kernel", self.kernel, "-initrd", image,
+                "-append", "console=ttyS0 quiet ipe.enforce=0 ipe.success_audit=0 panic=-1", *host, *shared,
+            ]  # fmt: skip
+            return self.run(command, cwd=work)
 
 
 @contextlib.contextmanager

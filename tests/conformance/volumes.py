@@ -1,63 +1,22 @@
-"""dm-verity volumes for decisions: the files of the initramfs again, as squashfs images with hash trees.
+"""dm-verity volumes for decisions: the files of the initramfs again, as squashfs images with hash trees (media.py)."""
 
-A kernel has them by loop devices and veritysetup, the emulator by ``run --volume``.
-"""
-
-import atexit
 import functools
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-from attrs import frozen
-
+from ipe_emu.pkcs7.sign import sign_detached
+from tests.conformance import files
+from tests.conformance.media import SECONDS, VOLUMES, Volume
 from tests.vectors import KEYS
 
-SECONDS = 120.0
 
-
-@frozen
-class Volume:
-    """One volume; ``name`` is that of its mount point on /mnt and of its device."""
-
-    name: str
-    image: str
-    tree: str
-    root_hash: str
-    signature: str | None
-
-    @property
-    def option(self) -> str:
-        """What ``run --volume`` takes."""
-        signature = f",signature={self.signature}" if self.signature else ""
-        return f"/mnt/{self.name}={self.image},roothash={self.root_hash},hash={self.tree}{signature}"
-
-    def open(self, number: int) -> None:
-        """Mount it on a kernel, by two loop devices from ``number`` on."""
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DM_DISABLE_UDEV": "1"}
-        data, tree = f"/dev/loop{number}", f"/dev/loop{number + 1}"
-        signature = [f"--root-hash-signature={self.signature}"] if self.signature else []
-        for command in (
-            ["losetup", "-r", data, self.image],
-            ["losetup", "-r", tree, self.tree],
-            ["veritysetup", "open", *signature, data, self.name, tree, self.root_hash],
-            ["mount", "-t", "squashfs", "-o", "ro", f"/dev/mapper/{self.name}", f"/mnt/{self.name}"],
-        ):
-            subprocess.run(command, check=True, timeout=SECONDS, env=environment)
-
-
-@functools.cache
+@files.once
 def volumes() -> tuple[Volume, ...]:
     """The volumes of this process; made once, and gone when it ends."""
-    from tests.conformance.machines import fill  # noqa: PLC0415 - which reads this module's list for its machines
-
-    directory = Path(tempfile.mkdtemp(prefix="ipe-volumes."))
-    atexit.register(shutil.rmtree, directory)
-    (directory / "files").mkdir()
-    fill(directory / "files")
+    directory = files.kept("volumes")
+    files.fill(directory / "files")
     image = directory / "image"
     _run("mksquashfs", directory / "files", image, "-comp", "gzip", "-noappend", "-quiet", "-no-progress", "-all-root")
     made = []
@@ -67,12 +26,9 @@ def volumes() -> tuple[Volume, ...]:
         root_hash = next(line.split()[-1] for line in said.splitlines() if line.startswith("Root hash"))
         signature = None
         if signed:
-            (directory / "root-hash").write_text(root_hash)
             signature = str(directory / f"{name}.p7s")
-            _run(
-                "openssl", "smime", "-sign", "-nocerts", "-noattr", "-binary", "-in", directory / "root-hash",
-                "-inkey", KEYS / "trusted.key", "-signer", KEYS / "trusted.pem", "-outform", "der", "-out", signature,
-            )  # fmt: skip
+            key, certificate = ((KEYS / f"trusted.{suffix}").read_bytes() for suffix in ("key", "pem"))
+            Path(signature).write_bytes(sign_detached(root_hash.encode(), key, certificate))
         made.append(Volume(name, str(image), str(tree), root_hash, signature))
     return tuple(made)
 
@@ -85,20 +41,14 @@ def _run(program: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def write(path: Path) -> None:
+def write(work: Path) -> None:
     """Tell another process which volumes there are."""
-    path.write_text(json.dumps([[v.name, v.image, v.tree, v.root_hash, v.signature] for v in volumes()]))
+    told = [[v.name, v.image, v.tree, v.root_hash, v.signature] for v in volumes()]
+    (work / VOLUMES).write_text(json.dumps(told))
 
 
-def read(path: Path) -> tuple[Volume, ...]:
-    """The volumes that `write` told of; none where it did not."""
-    return tuple(Volume(*fields) for fields in json.loads(path.read_text())) if path.exists() else ()
-
-
-def filled_in(text: str) -> str:
-    """The text with the root hashes in place of ``{dmv}``, ``{dmvs}`` and ``{dmv512}``."""
-    if "{dmv" in text:
-        for volume in volumes():
-            algorithm = "sha512" if volume.name.endswith("512") else "sha256"
-            text = text.replace(f"{{{volume.name}}}", f"{algorithm}:{volume.root_hash}")
-    return text
+@functools.cache
+def root_hash(name: str) -> str:
+    """A volume's root hash, as policies have it."""
+    algorithm = "sha512" if name.endswith("512") else "sha256"
+    return f"{algorithm}:{next(volume.root_hash for volume in volumes() if volume.name == name)}"

@@ -56,8 +56,9 @@ class Actor:
         return {"ok": 0}
 
     def do_write(self, step: Step) -> Any:
+        flags = OPEN_FLAGS[step["open"]] if "open" in step else step["flags"]
         try:
-            fd = os.open(self.path(step), OPEN_FLAGS[step["open"]], 0o666)
+            fd = os.open(self.path(step), flags, 0o666)
         except OSError as error:
             return failed(error) | {"at": "open"}
         results = []
