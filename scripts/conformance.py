@@ -1,6 +1,7 @@
 """Put generated sequences to real kernels and to the emulator, and compare every answer and every audit record.
 
 usage: python -m scripts.conformance [--seed N] [--sequences N] [--steps N] [--kernel SERIES] [--way WAY]
+       python -m scripts.conformance --script FILE [--way WAY] [--kernel SERIES]
 
 The kernels are User-Mode Linux (scripts/reference_kernel.py), built first where they are missing. A difference is
 shrunk and printed as a script. The same seed gives the same sequences; --batch repeats one batch of a run.
@@ -13,17 +14,19 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 from attrs import frozen
 
 from scripts import reference_kernel
 from tests.conformance import known
 from tests.conformance.compare import Count, Difference, compare
-from tests.conformance.generate import JUDGED, WAYS, Generator, Step
+from tests.conformance.generate import JUDGED, WAYS, Generator, Step, enforcing
 from tests.conformance.machines import MachineError, MountedEmulator, RunningEmulator, Trusts, UserModeLinux, medium_of
-from tests.conformance.shell_script import shell_script
+from tests.conformance.script import script
 from tests.conformance.shrink import shrink
 from tests.conformance.stock import StockKernel
+from tests.conformance.tally import table
 
 PER_BATCH = 40
 
@@ -61,7 +64,7 @@ class Batch:
 
     def compare(self, sequences: list[list[Step]]) -> tuple[Count, list[Difference]]:
         """Put sequences to both machines."""
-        return compare(self.kernel, self.emulator, sequences, self.known, judging=self.way != "tools")
+        return compare(self.kernel, self.emulator, sequences, self.known, enforce=enforcing(self.way))
 
     def run(self) -> tuple[Count, list[Difference]]:
         """Generate the sequences, and put them to both machines."""
@@ -113,10 +116,8 @@ def show(batch: Batch, difference: Difference, *, shrinking: bool) -> None:
         print("it needs the sequences before it: alone, the sequence shows none")
         shrunk = difference
     print(shrunk.describe())
-    print(
-        "as a script:\n" + "\n".join(f"    {line}" for line in shell_script(shrunk.sequence, shrunk.base).splitlines()),
-        flush=True,
-    )
+    written = script(shrunk.sequence, shrunk.base, enforce=enforcing(batch.way))
+    print("as a script:\n" + "\n".join(f"    {line}" for line in written.splitlines()), flush=True)
 
 
 def add_options(parser: argparse.ArgumentParser, sequences: int) -> None:
@@ -157,11 +158,24 @@ def run(wanted: list[Batch], options: argparse.Namespace, names: str) -> int:
             for difference in differences[: max(options.most - shown, 0)]:
                 show(batch, difference, shrinking=not options.as_found)
                 shown += 1
+    print(f"what was done, and how often:\n{table(total.kinds)}")
     print(
         f"{total.sequences} sequences, {total.steps} steps and {total.records} audit records compared with"
         f" {names}: {found} differences"
     )
     return 1 if found or broken else 0
+
+
+def type_in(text: str, batches_to_ask: list[Batch]) -> int:
+    """Put a printed script to the machines of some batches, and print what they answer; 1 where they differ."""
+    status = 0
+    for batch in batches_to_ask:
+        kernel, emulator = batch.kernel.type_in(text), batch.emulator.type_in(text)
+        print(f"{batch.kernel.name} and {batch.emulator.name}:")
+        for number, (theirs, mine) in enumerate(zip(kernel, emulator, strict=True)):
+            print(f"  {number}: {theirs}" if theirs == mine else f"  {number}: kernel {theirs}\n     emulator {mine}")
+        status |= kernel != emulator
+    return status
 
 
 def main(arguments: list[str]) -> int:
@@ -174,6 +188,7 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="compare the profile op-policy with Linux 7.3, from which it must differ in its answer to text alone",
     )
+    parser.add_argument("--script", type=Path, help="put a printed script to both instead, made for --way")
     options = parser.parse_args(arguments)
     if os.geteuid():
         print("conformance: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
@@ -186,6 +201,8 @@ def main(arguments: list[str]) -> int:
     if not kernels:
         return 77
     wanted = [batch for batch in batches(options, kernels) if options.batch in (None, batch.number)]
+    if options.script:
+        return type_in(options.script.read_text(), wanted[: len(kernels)])
     return run(wanted, options, " and ".join(f"Linux {kernel.package_version}" for kernel in kernels))
 
 

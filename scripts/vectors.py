@@ -3,7 +3,8 @@
 usage: python -m scripts.vectors
 
 The sequences of tests/vectors/sequences.jsonl are recorded. The older recordings, from virtual machines, are put to the
-kernels again; a difference from them is reported, and they stay as they are.
+kernels again; a difference from them is reported, and they stay as they are. The sequences' printed scripts are run
+too: they must give the same results.
 """
 
 import datetime
@@ -31,6 +32,10 @@ def main() -> int:
         lines = recording.record(machine, provenance)
         recording.write(HERE / kernel.profile / "sequences.jsonl.xz", lines)
         print(f"{kernel.profile}: {len(lines) - 1} sequences recorded", flush=True)
+        for way in recording.ways():
+            differences = recording.typed(machine, kernel.profile, way)
+            print(f"{kernel.profile}: printed scripts of {way}: {len(differences)} unlike the recording", flush=True)
+            status |= bool(differences)
         for name in recording.REPLAYED:
             count, differences = recording.replay(machine, kernel.profile, name)
             print(f"{kernel.profile}: {name}: {count} steps, {len(differences)} unlike the recording", flush=True)

@@ -1,13 +1,15 @@
 """Put batches of sequences to two machines, and find where their answers differ."""
 
+from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from tests.conformance.generate import FIRST, LAST, Step, concrete, reset
 from tests.conformance.known import Explanation
+from tests.conformance.tally import Tally, tally
 
 Answers = list[dict[str, Any]]
 BATCH = LAST - FIRST
@@ -47,9 +49,15 @@ class Count:
     sequences: int = 0
     steps: int = 0
     records: int = 0
+    kinds: Tally = field(factory=Counter, repr=False, eq=False)
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(self.sequences + other.sequences, self.steps + other.steps, self.records + other.records)
+        return Count(
+            self.sequences + other.sequences,
+            self.steps + other.steps,
+            self.records + other.records,
+            self.kinds + other.kinds,
+        )
 
 
 def compare(
@@ -58,14 +66,13 @@ def compare(
     sequences: list[list[Step]],
     known: Collection[Explanation] = (),
     *,
-    judging: bool = True,
+    enforce: str = "1",
 ) -> tuple[Count, list[Difference]]:
     """Put at most ``BATCH`` sequences to both. Each starts from a reset, in the same order on both.
 
-    Not ``judging``: an emulator that judges no execution is compared with a kernel that denies none, and what that
-    recorded of executions is left out.
+    ``enforce`` is where they start (generate.enforcing). With "0" an emulator that judges no execution is compared with
+    a kernel that denies none, and what that recorded of executions is left out.
     """
-    enforce = "1" if judging else "0"
     assert len(sequences) <= BATCH
     # The first reset finds machines that were started differently; what it recorded is not compared.
     batch = [[reset(FIRST, enforce=enforce)]]
@@ -77,12 +84,12 @@ def compare(
         ours = pool.submit(emulator.answer, batch)
         theirs = kernel.answer(batch)
         answers = ours.result()
-    if not judging:
+    if enforce == "0":
         _leave_out_executions(theirs)
     count, differences = Count(), []
     for base, (sequence, got, wanted) in enumerate(zip(sequences, answers[1:], theirs[1:], strict=True), FIRST + 1):
         records = sum(len(answer["audit"]) for answer in wanted)
-        count += Count(1, len(sequence), records)
+        count += Count(1, len(sequence), records, tally([sequence]))
         first = first_difference(sequence, got, wanted, known)
         if first is not None:
             step, field = first
@@ -101,9 +108,9 @@ def first_difference(
 ) -> tuple[int, str] | None:
     """The first step (0 is the reset) and its field that differ and are in no table."""
     for number, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
-        for field in ("result", "audit"):
-            if mine[field] != theirs[field] and not (
-                number and any(explains(sequence[:number], field, mine[field], theirs[field]) for explains in known)
+        for part in ("result", "audit"):
+            if mine[part] != theirs[part] and not (
+                number and any(explains(sequence[:number], part, mine[part], theirs[part]) for explains in known)
             ):
-                return number, field
+                return number, part
     return None

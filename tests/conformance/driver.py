@@ -20,13 +20,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from ctypes import c_char_p
 from pathlib import Path
 from typing import Any
 
 from ipe_emu.linux.syscalls import AT_EMPTY_PATH, call
 from tests.conformance import media
 from tests.conformance.audit import AuditSource, KernelAudit, LogAudit
-from tests.exec_hook import fsverity_steps
+from tests.conformance.media import SEALABLE
+from tests.exec_hook.fsverity_steps import enable, measured
 from tests.securityfs.acting import Actor, encoded, failed
 from tests.securityfs.identities import become
 
@@ -34,7 +36,7 @@ Step = dict[str, Any]
 Answer = dict[str, Any]
 
 SCRATCH = "/mnt/scratch"
-NEW = f"{media.SEALABLE}/new"
+NEW = f"{SEALABLE}/new"
 MODES = {"ipe/new_policy": 0o200, "ipe/enforce": 0o600, "ipe/success_audit": 0o600, "ipe": 0o755, "ipe/policies": 0o755}
 SECONDS = 60.0
 #: A printed script, if a machine is to run one, and what it prints.
@@ -136,6 +138,26 @@ class Driver(Actor):
             (directory / "delete").write_bytes(b"1")
         return answer
 
+    def do_together(self, step: Step) -> Any:
+        """Let several processes do the same at once; their answers, sorted."""
+        ready, go = os.pipe()
+        reader, writer = os.pipe()
+        children = []
+        for _ in range(step["writers"]):
+            child = os.fork()
+            if child == 0:
+                os.close(go)
+                os.read(ready, 1)  # ends when they all are there
+                os.write(writer, json.dumps(self.perform(step["each"])).encode() + b"\n")
+                os._exit(0)
+            children.append(child)
+        for fd in (ready, go, writer):
+            os.close(fd)
+        answered = sorted(_all(reader).splitlines())
+        for child in children:
+            os.waitpid(child, 0)
+        return {"each": [json.loads(line) for line in answered]}
+
     def do_chmod(self, step: Step) -> Any:
         os.chmod(self.path(step), step["mode"])
         return {"ok": 0}
@@ -176,7 +198,7 @@ class Driver(Actor):
     def do_measure(self, step: Step) -> Any:
         fd = os.open(step["file"], os.O_RDONLY)
         try:
-            return {"ok": fsverity_steps.measured(fd)}
+            return {"ok": measured(fd)}
         finally:
             os.close(fd)
 
@@ -292,7 +314,7 @@ class Driver(Actor):
 def seal(step: Step) -> None:
     fd = os.open(step["file"], step.get("flags", os.O_RDONLY))
     try:
-        fsverity_steps.enable(
+        enable(
             fd, algorithm=step["algorithm"], block=step["block"], salt=step["salt"].encode(),
             signature=base64.b64decode(step["signature"]),
         )  # fmt: skip
@@ -334,9 +356,14 @@ def _all(fd: int) -> bytes:
 
 
 def execveat(directory: int, path: bytes, flags: int, name: bytes) -> None:
-    from ctypes import c_char_p  # noqa: PLC0415 - a vector of strings, for the one call that the os module lacks
-
     call("execveat", directory, path, (c_char_p * 2)(name, None), (c_char_p * 1)(None), flags)
+
+
+def attempt(driver: Driver, step: Step) -> Any:
+    try:
+        return driver.perform(step)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"error": repr(error)}
 
 
 def run(batch: list[list[Step]], root: Path, audit: AuditSource) -> list[list[Answer]]:
@@ -345,14 +372,11 @@ def run(batch: list[list[Step]], root: Path, audit: AuditSource) -> list[list[An
     for sequence in batch:
         results = []
         for step in sequence:
-            try:
-                results.append(driver.perform(step))
-            except (OSError, subprocess.SubprocessError) as error:
-                results.append({"error": repr(error)})
+            results.append(attempt(driver, step))
             audit.step_done()
         answers.append([{"result": result} for result in results])
-        for answer, records in zip(answers[-1], audit.of_steps(), strict=True):
-            answer["audit"] = records
+        for step, answer, records in zip(sequence, answers[-1], audit.of_steps(), strict=True):
+            answer["audit"] = sorted(records) if step["op"] == "together" else records
     return answers
 
 
@@ -403,8 +427,8 @@ def make_seals(work: Path, seals: list[Step], *, on_kernel: bool) -> None:
     for step in seals:
         seal(step)
     os.mkdir("/mnt/bind-fsv")
-    call("mount", f"{media.SEALABLE}/layers".encode(), b"/mnt/bind-fsv", None, MS_BIND, None)
-    make_overlay(f"{media.SEALABLE}/layers", "overlay-fsv", changed=["sha256/bin/true", "sha256s/bin/busybox"])
+    call("mount", f"{SEALABLE}/layers".encode(), b"/mnt/bind-fsv", None, MS_BIND, None)
+    make_overlay(f"{SEALABLE}/layers", "overlay-fsv", changed=["sha256/bin/true", "sha256s/bin/busybox"])
 
 
 def trust_for_fsverity(certificate: bytes) -> None:

@@ -149,6 +149,7 @@ class Generator:
             (self.load, 16), (self.update, 12), (self.boolean, 12), (self.activate, 12), (self.delete, 5), (self.read,
             14),
             (self.look, 9), (self.open, 9), (self.use_descriptor, 15), (self.attributes, 5), (self.not_there, 3),
+            (self.together, 3),
         ]  # fmt: skip
         if way == "tools":
             kinds += [(self.shell, 40)]
@@ -412,11 +413,16 @@ class Generator:
             step["to"] = self.random.choice(("ipe/elsewhere", "ipe/policies/other", self._node(), self._directory()))
         return self._who(step)
 
+    def together(self) -> Step:
+        """Several processes write the same at once: whatever their order, all get the same answers between them."""
+        each = self.random.choice((self.load, self.update, self.activate))()
+        return {"op": "together", "writers": self.random.choice((2, 3, 4)), "each": each}
+
     # -- what is executed -------------------------------------------------------------------------------------------
 
     def shell(self) -> Step:
         """A tool of busybox or coreutils writes a file to a node, or reads one."""
-        node = self._node().removeprefix("ipe/")
+        node = self._node().removeprefix("ipe/") if self.random.random() < 0.75 else "new_policy"
         into_policy = node.endswith(("new_policy", "update"))
         payload = self.policy() if into_policy else self._value()
         if into_policy and self.random.random() < 0.2:
@@ -432,6 +438,8 @@ class Generator:
             f"{tool}cat {node}", f"{tool}wc -c < {node}", f"{tool}dd if={node} bs=3 2>/dev/null",
             f"{tool}cp {node} $S/out",
             f"{tool}head -c 4 {node}", f"{tool}grep -c . {node}", f"{tool}ls policies", f"read x < {node}; echo $x",
+            f"{tool}printf 1 > {node}", f"/usr/bin/printf '%s' \"$(cat $S/f)\" > {node}",
+            f"{tool}mv {node} policies/elsewhere", f"{tool}chmod 640 {node}", f"{tool}rm -f {node}",
             f"{tool}stat -c '%a %U %h %F' {node}", f"{tool}touch {node}", f"test -s {node}; echo $?",
         ))  # fmt: skip
         shell = self.random.choice((["/bin/dash", "-c"], ["/bin/bash", "-c"], ["/bin/busybox", "sh", "-c"]))
@@ -491,7 +499,8 @@ class Generator:
         """A file that can most often be sealed."""
         if self.random.random() < 0.85:
             return f"/mnt/fsv/new/{self.random.choice(NEW_NAMES)}"
-        return self._program()
+        # Not the host's files, which lie on another file system on a kernel.
+        return f"/mnt/{self.random.choice(self._places)}/{self.random.choice(files.NAMES)}"
 
     def seal(self) -> Step:
         """Seal a file by fs-verity, with or without a signature."""
@@ -525,6 +534,11 @@ class Generator:
         return step
 
 
+def enforcing(way: str) -> str:
+    """The switch with which sequences of a way start. What tools do beside a mount is judged by a kernel alone."""
+    return "0" if way == "tools" else "1"
+
+
 def reset(base: int, *, enforce: str = "1") -> Step:
     """The step that every sequence starts with."""
     text = (
@@ -548,6 +562,8 @@ def concrete(step: Step, base: int) -> Step:
         # A write of nothing is its own step (of_nothing): beside a mount it never reaches the emulator.
         return base64.b64encode(data if data or payload.get("literal") == "" else b"-").decode()
 
+    if "each" in step:
+        done["each"] = concrete(step["each"], base)
     if "payloads" in step:
         done["writes"] = [made(payload) for payload in step["payloads"]]
     if "payload" in step:

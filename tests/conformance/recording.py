@@ -13,8 +13,9 @@ from typing import Any
 
 from tests.conformance.audit import normal
 from tests.conformance.compare import Answers
-from tests.conformance.generate import FIRST, WAYS, Step, concrete, reset
-from tests.conformance.machines import MountedEmulator, RunningEmulator, UserModeLinux
+from tests.conformance.generate import FIRST, WAYS, Step, concrete, enforcing, reset
+from tests.conformance.machines import Machine, MountedEmulator, RunningEmulator, UserModeLinux
+from tests.conformance.script import script
 from tests.securityfs.acting import OPEN_FLAGS, encoded
 from tests.securityfs.policies import signed
 from tests.vectors import HERE, load
@@ -29,17 +30,21 @@ def sequences() -> list[dict[str, Any]]:
     return [json.loads(line) for line in SOURCE.read_text().splitlines()]
 
 
+def sequences_of(way: str) -> list[dict[str, Any]]:
+    """Those of one way."""
+    return [sequence for sequence in sequences() if sequence["way"] == way]
+
+
 def ways() -> list[str]:
-    """What there are sequences for. None is for volumes: their root hashes are each machine's own."""
+    """What there are sequences for. None is for volumes or seals, whose hashes are each machine's own."""
     return [way for way in WAYS if any(sequence["way"] == way for sequence in sequences())]
 
 
 def batch(way: str) -> list[list[Step]]:
     """The sequences of one way, as machines do them; the first only brings them to a known state."""
-    enforce = "0" if way == "tools" else "1"
-    steps = [sequence["steps"] for sequence in sequences() if sequence["way"] == way]
+    steps = [sequence["steps"] for sequence in sequences_of(way)]
     return [
-        [reset(base, enforce=enforce), *(concrete(step, base) for step in sequence)]
+        [reset(base, enforce=enforcing(way)), *(concrete(step, base) for step in sequence)]
         for base, sequence in enumerate([[], *steps], FIRST)
     ]
 
@@ -63,10 +68,24 @@ def recorded(kernel: str, way: str) -> list[Answers]:
     return [line["answers"] for line in load(kernel, "sequences") if line.get("way") == way]
 
 
+def emulator(profile: str, way: str) -> MountedEmulator:
+    """What the sequences of one way are put to."""
+    return RunningEmulator(profile) if way == "run" else MountedEmulator(profile)
+
+
 def emulated(profile: str, way: str) -> list[Answers]:
     """What the emulator answers to them."""
-    emulator = RunningEmulator(profile) if way == "run" else MountedEmulator(profile)
-    return emulator.answer(batch(way))[1:]
+    return emulator(profile, way).answer(batch(way))[1:]
+
+
+def typed(machine: Machine, profile: str, way: str) -> list[str]:
+    """Where the printed scripts of the sequences of one way do not give the recorded results on a machine."""
+    differences = []
+    for sequence, answers in zip(sequences_of(way), recorded(profile, way), strict=True):
+        results = machine.type_in(script(sequence["steps"], FIRST + 1, enforce=enforcing(way)))
+        if results != [answer["result"] for answer in answers]:
+            differences.append(f"{sequence['why']}: typed in: {results}")
+    return differences
 
 
 # -- the older recordings --------------------------------------------------------------------------------------------

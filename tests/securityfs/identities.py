@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from ipe_emu.linux import syscalls
+from ipe_emu.linux.syscalls import call, writable
 
 _MAC_ADMIN_BIT = 1 << 1
 _CLONE_NEWUSER = 0x10000000
@@ -22,9 +22,9 @@ def become(who: str) -> None:
     elif who == "root without CAP_MAC_ADMIN":
         drop_mac_admin()
     elif who == "root in a user namespace of its own":
-        syscalls.call("unshare", _CLONE_NEWUSER)
+        call("unshare", _CLONE_NEWUSER)
     elif who == "uid 1000 with capabilities":
-        syscalls.call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
         os.setresgid(1000, 1000, 1000)
         os.setresuid(1000, 1000, 1000)
         _make_effective_what_is_permitted()
@@ -33,9 +33,9 @@ def become(who: str) -> None:
 
 
 def _capabilities() -> tuple[Any, Any]:
-    header, sets = syscalls.writable(8), syscalls.writable(24)
+    header, sets = writable(8), writable(24)
     header.raw = _HEADER
-    syscalls.call("capget", header, sets)
+    call("capget", header, sets)
     return header, sets
 
 
@@ -43,7 +43,7 @@ def _make_effective_what_is_permitted() -> None:
     header, sets = _capabilities()
     words = sets.raw
     sets.raw = words[4:8] + words[4:12] + words[16:20] + words[16:24]
-    syscalls.call("capset", header, sets)
+    call("capset", header, sets)
 
 
 def drop_mac_admin() -> None:
@@ -51,4 +51,4 @@ def drop_mac_admin() -> None:
     effective_high = 12  # of two words each: effective, permitted, inheritable; CAP_MAC_ADMIN is bit 33
     word = int.from_bytes(sets.raw[effective_high : effective_high + 4], sys.byteorder) & ~_MAC_ADMIN_BIT
     sets.raw = sets.raw[:effective_high] + word.to_bytes(4, sys.byteorder) + sets.raw[effective_high + 4 :]
-    syscalls.call("capset", header, sets)
+    call("capset", header, sets)
