@@ -20,6 +20,8 @@ from tests.conformance.machines import medium_of
 from tests.conformance.stock import StockKernel, accelerator
 
 PER_BATCH = 10
+#: Sealed files lie on ext4, which is a module that is not fetched for it.
+ITS_WAYS = tuple(way for way in WAYS if way != "seals")
 
 
 def main(arguments: list[str]) -> int:
@@ -28,6 +30,8 @@ def main(arguments: list[str]) -> int:
     add_options(parser, sequences=40)
     parser.add_argument("--refresh", action="store_true", help="look for a newer package")
     options = parser.parse_args(arguments)
+    if options.way not in (None, *ITS_WAYS):
+        parser.error(f"this kernel has no files for --way {options.way}")
     if os.geteuid():
         print("conformance-stock: needs root: steps are done by several users, on mounts of its own", file=sys.stderr)
         return 77
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> int:
             return 77
         name = f"Debian's Linux {stock.package_version}"
         print(f"{name} in QEMU ({accelerator()})", flush=True)
-        ways = [options.way] if options.way else list(WAYS)
+        ways = [options.way] if options.way else list(ITS_WAYS)
         wanted = []
         for number, first in enumerate(range(0, options.sequences, PER_BATCH)):
             way = ways[number % len(ways)]
