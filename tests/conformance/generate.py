@@ -28,6 +28,8 @@ PRECIOUS = "Reset{base}"
 NODES = ("active", "update", "delete", "name", "version", "policy", "pkcs7")
 #: Long enough for every policy; the kernel cuts nothing that fits.
 _WHOLE = 1 << 17
+#: MAX_ARG_STRLEN: octets of one argument of execve(2).
+_LONGEST_ARGUMENT = 1 << 17
 
 BOOLEANS = (
     "1", "0", "y", "n", "Y", "N", "t", "F", "on", "off", "oN", "oFF", "of", "o", "1\n", "0\n", "2", " 1", "1 ", "-1",
@@ -416,6 +418,7 @@ class Generator:
     def together(self) -> Step:
         """Several processes write the same at once: whatever their order, all get the same answers between them."""
         each = self.random.choice((self.load, self.update, self.activate))()
+        del each["payloads"][1:]  # else it is a matter of their order who gets which answer
         return {"op": "together", "writers": self.random.choice((2, 3, 4)), "each": each}
 
     # -- what is executed -------------------------------------------------------------------------------------------
@@ -443,6 +446,8 @@ class Generator:
             f"{tool}stat -c '%a %U %h %F' {node}", f"{tool}touch {node}", f"test -s {node}; echo $?",
         ))  # fmt: skip
         shell = self.random.choice((["/bin/dash", "-c"], ["/bin/bash", "-c"], ["/bin/busybox", "sh", "-c"]))
+        if script.startswith("/usr/bin/printf") and payload.get("pad", 0) >= _LONGEST_ARGUMENT:
+            payload["pad"] = _LONGEST_ARGUMENT // 2  # errors of argv are in the README's table
         return {"op": "shell", "shell": shell, "script": script, "payload_file": payload}
 
     def _program(self) -> str:
