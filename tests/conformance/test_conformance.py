@@ -103,7 +103,9 @@ def test_only_the_size_of_an_open_node_is_known() -> None:
 
 
 def test_op_policy_may_differ_in_its_answer_to_text_alone() -> None:
-    step: Step = {"op": "write", "path": "ipe/new_policy"}
+    step: Step = {"op": "write", "path": "ipe/new_policy", "payloads": [{"text": "policy_name=A\n"}]}
+    signed = step | {"payloads": [{"text": "policy_name=A\n", "signer": "trusted"}]}
+    together: Step = {"op": "together", "writers": 2, "each": step}
     load = "policy_name=? policy_version=? policy_digest=? auid=0 ses=* lsm=ipe res=0 errno="
     start = {"result": {"ok": 0}, "audit": []}
     wanted = {"result": [{"error": "EBADMSG"}], "audit": [[1422, load + "-74"]]}
@@ -115,6 +117,14 @@ def test_op_policy_may_differ_in_its_answer_to_text_alone() -> None:
     assert first_difference([step], [start, refused], [start, wanted]) == (1, "result")
     assert first_difference([step], [start, loaded], [start, wanted], known.OP_POLICY) == (1, "result")
     assert first_difference([step], [start, executed], [start, wanted], known.OP_POLICY) == (1, "audit")
+    # A damaged signature is no text.
+    assert first_difference([signed], [start, refused], [start, wanted], known.OP_POLICY) == (1, "result")
+    both = [answer | {"result": {"each": [answer["result"]] * 2}} for answer in (refused, wanted)]
+    assert first_difference([together], [start, both[0]], [start, both[1]], known.OP_POLICY) is None
+    one = both[0] | {"result": {"each": [[{"ok": 5}], refused["result"]]}}
+    assert first_difference([together], [start, one], [start, both[1]], known.OP_POLICY) == (1, "result")
+    large = {"result": [{"error": "EMSGSIZE"}], "audit": [[1422, load + "-90"]]}
+    assert first_difference([step], [start, refused], [start, large], known.OP_POLICY) is None
 
 
 def test_a_module_s_signature_is_known_for_secure_boot_alone() -> None:
