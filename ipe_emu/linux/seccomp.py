@@ -90,7 +90,7 @@ def assemble(rules: Iterable[Rule], machine: str, numbers: Mapping[str, int]) ->
 
     Calls of every other architecture, x32 among them, answer ENOSYS: they would pass below the table of numbers.
     A rule for a call that this architecture does not have is left out. Raises ``NotImplementedError`` for a machine
-    without a table.
+    without a table, and ``ValueError`` for a name that no table has: a call that is misspelt would never be looked at.
     """
     if machine not in _AUDIT_ARCH:
         raise NotImplementedError(f"no seccomp filter is known here for {machine}")
@@ -110,6 +110,8 @@ def assemble(rules: Iterable[Rule], machine: str, numbers: Mapping[str, int]) ->
     for rule in rules:
         by_call.setdefault(rule.syscall, []).append(rule)
     for name, of_call in by_call.items():
+        if name not in syscalls.KNOWN:
+            raise ValueError(f"no system call {name} is known here")
         if name in numbers:
             body = [instruction for rule in of_call for instruction in _body(rule)]
             if not any(rule.when is None for rule in of_call):

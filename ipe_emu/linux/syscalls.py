@@ -140,6 +140,7 @@ _TABLE: Final[dict[str, tuple[int | None, int | None]]] = {
     "open_tree_attr": (467, 467),
 }
 
+KNOWN: Final = _TABLE.keys()
 NUMBERS_X86_64: Final[dict[str, int]] = {name: pair[0] for name, pair in _TABLE.items() if pair[0] is not None}
 NUMBERS_AARCH64: Final[dict[str, int]] = {name: pair[1] for name, pair in _TABLE.items() if pair[1] is not None}
 

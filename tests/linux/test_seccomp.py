@@ -116,6 +116,11 @@ def test_impossible_filters_are_refused() -> None:
         assemble([Rule("execve", Action.NOTIFY)], "vax", {})
 
 
+def test_a_misspelt_call_is_no_rule() -> None:
+    with pytest.raises(ValueError, match="execv is known"):
+        assemble([Rule("execv", Action.NOTIFY)], "x86_64", syscalls.NUMBERS_X86_64)
+
+
 def test_a_call_that_an_architecture_lacks_has_no_rule() -> None:
     rule = Rule("uselib", Action.NOTIFY, AnyBit(0, 1))
     assert assemble([rule], "aarch64", syscalls.NUMBERS_AARCH64) == assemble([], "aarch64", syscalls.NUMBERS_AARCH64)
